@@ -1,0 +1,157 @@
+"""The error tree: a class has a status, a stable code and a title; an instance says what was wrong and what is right.
+
+Errors cross the process border, so they pickle; HTTP turns them into problem+json.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FieldError:
+    """One place in the input that is to blame: a JSON pointer (RFC 6901) into the request's fields."""
+
+    pointer: str
+    detail: str
+
+
+class ServiceError(Exception):
+    """A problem that a client may see. `retry_after` is in seconds; None where trying again is of no use."""
+
+    status = 500
+    code = "internal_error"
+    title = "Internal error"
+
+    def __init__(self, detail: str, *, errors: tuple[FieldError, ...] = (), retry_after: float | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.errors = errors
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.detail, self.errors, self.retry_after)
+
+
+def _rebuild(
+    kind: type[ServiceError], detail: str, errors: tuple[FieldError, ...], retry_after: float | None
+) -> ServiceError:
+    return kind(detail, errors=errors, retry_after=retry_after)
+
+
+class MalformedBody(ServiceError):
+    status, code, title = 400, "malformed_body", "The body cannot be read"
+
+
+class ModelNotFound(ServiceError):
+    status, code, title = 404, "model_not_found", "No such model"
+
+
+class PathNotFound(ServiceError):
+    status, code, title = 404, "path_not_found", "No such path"
+
+
+class MethodNotAllowed(ServiceError):
+    status, code, title = 405, "method_not_allowed", "The path does not take this verb"
+
+
+class BodyTimeout(ServiceError):
+    status, code, title = 408, "body_timeout", "The body came too slowly"
+
+
+class NotAcceptable(ServiceError):
+    status, code, title = 406, "not_acceptable", "No acceptable answer format"
+
+
+class BodyTooLarge(ServiceError):
+    status, code, title = 413, "body_too_large", "The body is over the limit"
+
+
+class TooManyPictures(ServiceError):
+    status, code, title = 413, "too_many_pictures", "More pictures than the limit"
+
+
+class TooManyPixels(ServiceError):
+    status, code, title = 413, "too_many_pixels", "A picture has more pixels than the limit"
+
+
+class UnsupportedMediaType(ServiceError):
+    status, code, title = 415, "unsupported_media_type", "The media type of the body is not supported"
+
+
+class InvalidRequest(ServiceError):
+    """A field is unknown or has a wrong value."""
+
+    status, code, title = 422, "invalid_request", "A value of the request is wrong"
+
+
+class UnknownMethod(InvalidRequest):
+    code, title = "unknown_method", "No such heatmap method"
+
+
+class UnknownLayer(InvalidRequest):
+    code, title = "unknown_layer", "No such target layer"
+
+
+class UnknownClass(InvalidRequest):
+    code, title = "unknown_class", "No such class"
+
+
+class InvalidGenParams(InvalidRequest):
+    code, title = "invalid_gen_params", "A parameter of the heatmap method is wrong"
+
+
+class UndecodablePicture(InvalidRequest):
+    code, title = "undecodable_picture", "A picture cannot be decoded"
+
+
+class ModelTypeNotSupported(InvalidRequest):
+    code, title = "model_type_not_supported", "The model is no classifier"
+
+
+class QueueFull(ServiceError):
+    status, code, title = 429, "queue_full", "The queue is full"
+
+
+class Unavailable(ServiceError):
+    status, code, title = 503, "unavailable", "The service cannot take the request now"
+
+
+class ModelLoading(Unavailable):
+    code, title = "model_loading", "The model is in its first load"
+
+
+class ModelFailed(Unavailable):
+    code, title = "model_failed", "The model could not be loaded"
+
+
+class NoWorker(Unavailable):
+    code, title = "no_worker", "No worker serves now"
+
+
+class WorkerLost(Unavailable):
+    code, title = "worker_lost", "The worker died twice under this request"
+
+
+class Draining(Unavailable):
+    code, title = "draining", "The service is shutting down"
+
+
+class DeadlineExceeded(ServiceError):
+    status, code, title = 504, "deadline_exceeded", "The deadline of the request passed"
+
+
+class OutOfDeviceMemory(ServiceError):
+    status, code, title = 507, "out_of_device_memory", "The device has no memory for one picture"
+
+
+class ModelLoadError(Exception):
+    """A model folder cannot be served; the message is the model's `reason`."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A sentence that names the closest of `names`, or the empty string where none is close."""
+    matches = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""

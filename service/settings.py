@@ -1,0 +1,103 @@
+"""Every setting of the server in one frozen object: an option of `serve` and a variable `HEATMAP_<NAME>` each."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from service.errors import nearest
+
+PREFIX = "HEATMAP_"
+MIB = 2**20
+
+logger = logging.getLogger(__name__)
+
+
+class SettingsError(Exception):
+    """A setting has a bad value; the message names the setting as the user wrote it."""
+
+
+def _comma_list(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+class Settings(BaseModel):
+    """All settings with their defaults. A field's description is the help text of its option."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    models: Path | None = Field(
+        None, description="folder with one folder per model; without it the embedded default model is served"
+    )
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?(,cuda:\d+)*)$",
+        description="auto, cpu, cuda (all of them), or a list such as cuda:0,cuda:1; one worker process each",
+    )
+    streams: int | None = Field(
+        None, ge=1, le=32, description="streams per CUDA device, slots on a CPU; default 2 and 1"
+    )
+    max_batch: int = Field(8, ge=1, le=1024, description="pictures in one pass through a network")
+    max_queue: int = Field(256, ge=1, description="requests that may be accepted and unanswered")
+    max_queue_pictures: int = Field(1024, ge=1, description="pictures of all accepted, unanswered requests")
+    max_queue_bytes: int = Field(512 * MIB, ge=1, description="bytes of all accepted, unanswered requests")
+    max_body_bytes: int = Field(32 * MIB, ge=1, description="bytes of one request's body")
+    max_pictures: int = Field(64, ge=1, description="pictures of one request")
+    max_pixels: int = Field(50_000_000, ge=1, description="pixels of one picture, read from its header")
+    timeout_s: float = Field(30.0, gt=0, le=3600, description="deadline of a request that names none, in seconds")
+    body_timeout_s: float = Field(30.0, gt=0, description="seconds within which a body must have arrived")
+    grace_s: float = Field(30.0, ge=0, description="seconds that accepted requests get after SIGTERM")
+    cors_origins: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = Field(
+        (), description="origins, separated by commas, whose pages may call the service"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+
+
+def option_of(name: str) -> str:
+    """The command line's spelling of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add one option per setting; an option that is not given leaves the environment and the default alone."""
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default in (None, ()) else f" (default {field.default})"
+        parser.add_argument(
+            option_of(name), default=argparse.SUPPRESS, metavar="VALUE", help=f"{field.description}{default}"
+        )
+
+
+def load(options: Mapping[str, str], environment: Mapping[str, str]) -> Settings:
+    """Settings from the command line's options, else the environment, else the defaults.
+
+    Raises SettingsError for a bad value. An unknown `HEATMAP_*` variable is logged with its nearest name; values
+    that start with `tcp://` are what Kubernetes sets for a service of the same name, and are ignored.
+    """
+    values: dict[str, str] = {}
+    sources: dict[str, str] = {}
+    for variable, value in environment.items():
+        if not variable.startswith(PREFIX) or value.startswith("tcp://"):
+            continue
+        name = variable.removeprefix(PREFIX).lower()
+        if name in Settings.model_fields:
+            values[name], sources[name] = value, variable
+        else:
+            known = (PREFIX + field.upper() for field in Settings.model_fields)
+            logger.warning("%s is not a setting and is ignored.%s", variable, nearest(variable, known))
+    for name in options:
+        values[name], sources[name] = options[name], option_of(name)
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        problems = (
+            f"{sources[str(problem['loc'][0])]}: {problem['msg']}, got {problem['input']!r}"
+            for problem in error.errors()
+        )
+        raise SettingsError("; ".join(problems)) from None

@@ -1,0 +1,191 @@
+"""What crosses the border between the server and its workers, and nothing else: plain, frozen, picklable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from service.errors import ServiceError
+
+ClassRef = int | str
+Format = Literal["overlay", "heatmap", "gray", "gray16", "npy"]
+Encoding = Literal["png", "webp", "jpeg"]
+Size = Literal["original", "model"]
+State = Literal["loading", "ready", "failed", "unloaded"]
+
+
+@dataclass(frozen=True)
+class ExplainRequest:
+    """What a client asks of one model; field names and meaning are those of `POST /models/{id}/heatmap`.
+
+    A picture is the bytes of its file, or a `str` in base64 or a data URI, which the worker decodes.
+    No methods: predictions alone. `target_classes` has one tuple per picture; an empty one is the most
+    confident class. `as_base64`: heatmaps' `data` in base64.
+    """
+
+    model_id: str
+    pictures: tuple[bytes | str, ...]
+    target_classes: tuple[tuple[ClassRef, ...], ...]
+    methods: tuple[str, ...] = ()
+    gen_params: Mapping[str, object] = field(default_factory=dict)
+    top_k: int = 5
+    format: Format = "overlay"
+    encoding: Encoding = "png"
+    size: Size = "original"
+    colormap: str = "jet"
+    alpha: float = 0.5
+    as_base64: bool = True
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    class_id: int
+    class_name: str
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """One heatmap of the answer. `channels` is 1 or 3; `value_range` is of the raw map at the layer's resolution."""
+
+    method: str
+    channels: int
+    class_id: int
+    class_name: str
+    confidence: float
+    gen_params: Mapping[str, object]
+    precision: str
+    value_range: tuple[float, float]
+    degenerate: str | None
+    format: Format
+    media_type: str
+    width: int
+    height: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class PictureResult:
+    index: int
+    width: int
+    height: int
+    classes: tuple[ClassScore, ...]
+    heatmaps: tuple[Heatmap, ...]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds spent on each stage of a request."""
+
+    queue: float = 0.0
+    decode: float = 0.0
+    compute: float = 0.0
+    render: float = 0.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    model_id: str
+    revision: str
+    results: tuple[PictureResult, ...]
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One row of HALCON's network summary. `reason` says why the layer can't be a target, None where it can."""
+
+    name: str
+    type: str
+    output_shape: tuple[int, ...]
+    parameters: int
+    target: bool
+    reason: str | None
+    default: bool
+    recommended: bool
+    relu: str | None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What `GET /models/{id}` tells, with the rows behind `/layers` and `/classes`."""
+
+    id: str
+    state: State
+    reason: str | None = None
+    revision: str | None = None
+    type: str | None = None
+    architecture: str | None = None
+    device: str | None = None
+    runtime: Literal["cpu", "gpu"] | None = None
+    precision: str | None = None
+    input: Mapping[str, object] | None = None
+    num_classes: int | None = None
+    default_layer: str | None = None
+    recommended_layer: str | None = None
+    compiled_layers: tuple[str, ...] = ()
+    layers: tuple[LayerInfo, ...] = ()
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What `GET /methods` tells of a method; `gen_params` is a JSON Schema."""
+
+    name: str
+    family: Literal["cam", "pixel", "perturbation"]
+    channels: int
+    paper: str
+    description: str
+    cost: str
+    gen_params: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Parent to child: compute this. `deadline` is on `time.monotonic`'s clock, which processes of a machine share."""
+
+    id: int
+    request: ExplainRequest
+    deadline: float
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Parent to child: nobody waits for this job any more."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Parent to child: finish what runs and leave."""
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Child to parent, first: the device it serves, how many jobs it takes at a time, and the methods it knows."""
+
+    device: str
+    capacity: int
+    methods: tuple[MethodInfo, ...]
+
+
+@dataclass(frozen=True)
+class ModelChanged:
+    """Child to parent: a model's state in this worker."""
+
+    info: ModelInfo
+
+
+@dataclass(frozen=True)
+class Done:
+    """Child to parent: a job's outcome."""
+
+    id: int
+    outcome: Answer | ServiceError
+
+
+ToChild = Job | Cancel | Stop
+ToParent = Hello | ModelChanged | Done
