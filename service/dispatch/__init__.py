@@ -1,0 +1,1 @@
+"""The async request queue between HTTP and the workers: admission, deadlines, cancellation, hand-over."""

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from service.errors import ServiceError
+from service.imaging.maps import Size
+from service.imaging.render import Encoding, Format
 
 ClassRef = int | str
-Format = Literal["overlay", "heatmap", "gray", "gray16", "npy"]
-Encoding = Literal["png", "webp", "jpeg"]
-Size = Literal["original", "model"]
 State = Literal["loading", "ready", "failed", "unloaded"]
 
 

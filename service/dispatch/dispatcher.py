@@ -1,0 +1,218 @@
+"""The request queue: bounded admission, deadlines, cancellation, hand-over to a free worker, one retry.
+
+Lives on the event loop alone; knows neither HTTP nor torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from service.errors import (
+    DeadlineExceeded,
+    Draining,
+    ModelFailed,
+    ModelLoading,
+    ModelNotFound,
+    NoWorker,
+    QueueFull,
+    ServiceError,
+    WorkerLost,
+    nearest,
+)
+from service.settings import Settings
+from service.workers.messages import Answer, Done, ExplainRequest, Job, MethodInfo, ModelInfo
+from service.workers.pool import Pool, Worker
+
+STARTING_RETRY_S = 5.0
+MAX_LOSSES = 2
+
+
+@dataclass(eq=False)
+class Ticket:
+    """An accepted request: its job, its answer slot, and where it is."""
+
+    job: Job
+    size_bytes: int
+    answer: asyncio.Future[Answer]
+    accepted: float
+    started: float | None = None
+    worker: Worker | None = None
+    losses: int = 0
+
+    @property
+    def pictures(self) -> int:
+        return len(self.job.request.pictures)
+
+
+class Dispatcher:
+    """Accepts requests up to the bounds of the settings and sees each of them answered, refused or cancelled.
+
+    It is the pool's listener.
+    """
+
+    def __init__(self, settings: Settings, pool: Pool) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._ids = itertools.count(1)
+        self._tickets: dict[int, Ticket] = {}
+        self._pending: deque[Ticket] = deque()
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def models(self) -> Mapping[str, ModelInfo]:
+        """Every model of the repository by its id, in the order of the ids."""
+        return self._pool.models
+
+    def model(self, model_id: str) -> ModelInfo:
+        """One model of the repository. Raises ModelNotFound, which names the nearest ids."""
+        try:
+            return self._pool.models[model_id]
+        except KeyError:
+            hint = nearest(model_id, self._pool.models)
+            raise ModelNotFound(f"There is no model {model_id!r}; GET /models lists them.{hint}") from None
+
+    def methods(self) -> tuple[MethodInfo, ...]:
+        """The heatmap methods that the workers know. Raises NoWorker before the first worker has told."""
+        if not self._pool.methods:
+            raise NoWorker("The first worker is still starting.", retry_after=STARTING_RETRY_S)
+        return self._pool.methods
+
+    def not_ready(self) -> tuple[str, ...]:
+        """Why requests can't be served now; empty when they can."""
+        reasons = ["the service is shutting down"] if self._draining else []
+        if not any(worker.serves for worker in self._pool.workers):
+            reasons.append("no worker serves")
+        reasons += [f"model {info.id} is loading" for info in self._pool.models.values() if info.state == "loading"]
+        return tuple(reasons)
+
+    async def explain(self, request: ExplainRequest, size_bytes: int, timeout_s: float) -> Answer:
+        """Queue a request and wait for its answer. Cancelling the caller drops the work.
+
+        `size_bytes` is what the request holds in memory; `timeout_s` the time it has, queueing included.
+        Raises the ServiceError that the contract names for what went wrong.
+        """
+        self._check_admission(request, size_bytes)
+        now = time.monotonic()
+        job = Job(next(self._ids), request, deadline=now + timeout_s)
+        ticket = Ticket(job, size_bytes, asyncio.get_running_loop().create_future(), accepted=now)
+        self._tickets[job.id] = ticket
+        self._pending.append(ticket)
+        self._idle.clear()
+        self._hand_over()
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await ticket.answer
+        except TimeoutError:
+            raise deadline_exceeded(timeout_s) from None
+        finally:
+            self._forget(ticket)
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse new requests from now on, and return when every accepted one is answered.
+
+        What is not answered within `grace_s` seconds is refused then.
+        """
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+        for ticket in self._tickets.values():
+            if not ticket.answer.done():
+                ticket.answer.set_exception(Draining("The service shut down before the request was answered."))
+        await self._idle.wait()
+
+    def _check_admission(self, request: ExplainRequest, size_bytes: int) -> None:
+        if self._draining:
+            raise Draining("The service is shutting down; another replica may answer.", retry_after=STARTING_RETRY_S)
+        self._check_model(request.model_id)
+        limits = (
+            ("requests", 1, len(self._tickets), self._settings.max_queue),
+            (
+                "pictures",
+                len(request.pictures),
+                sum(t.pictures for t in self._tickets.values()),
+                self._settings.max_queue_pictures,
+            ),
+            ("bytes", size_bytes, sum(t.size_bytes for t in self._tickets.values()), self._settings.max_queue_bytes),
+        )
+        for unit, more, held, limit in limits:
+            if held + more > limit:
+                detail = f"The queue holds {held} {unit} of at most {limit}, and this request brings {more} more."
+                raise QueueFull(detail, retry_after=1.0)
+
+    def _check_model(self, model_id: str) -> None:
+        info = self.model(model_id)
+        if any(worker.has(model_id) for worker in self._pool.workers):
+            return
+        if info.state == "failed":
+            raise ModelFailed(f"Model {model_id!r} could not be loaded: {info.reason}")
+        if info.state == "loading":
+            raise ModelLoading(f"Model {model_id!r} is in its first load.", retry_after=STARTING_RETRY_S)
+        raise NoWorker(f"No worker serves model {model_id!r} now; one is starting.", retry_after=STARTING_RETRY_S)
+
+    def changed(self) -> None:
+        """A worker may have room now."""
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Give waiting requests, oldest first, to workers with room. A worker that is full blocks nobody else."""
+        for ticket in tuple(self._pending):
+            worker = self._pool.free_worker(ticket.job.request.model_id)
+            if worker is None:
+                continue
+            self._pending.remove(ticket)
+            ticket.worker, ticket.started = worker, time.monotonic()
+            worker.submit(ticket.job)
+
+    def done(self, done: Done) -> None:
+        """A worker answered a job, or says what was wrong with it."""
+        ticket = self._tickets.get(done.id)
+        if ticket is None or ticket.answer.done():
+            return
+        if isinstance(done.outcome, ServiceError):
+            ticket.answer.set_exception(done.outcome)
+            return
+        waited = (ticket.started or ticket.accepted) - ticket.accepted
+        timings = dataclasses.replace(done.outcome.timings, queue=waited + done.outcome.timings.queue)
+        ticket.answer.set_result(dataclasses.replace(done.outcome, timings=timings))
+
+    def lost(self, job_ids: tuple[int, ...]) -> None:
+        """A worker died under these jobs: an explanation is a pure function, so each is tried once more."""
+        for job_id in reversed(job_ids):
+            ticket = self._tickets.get(job_id)
+            if ticket is None or ticket.answer.done():
+                continue
+            ticket.losses += 1
+            ticket.worker = None
+            if ticket.losses < MAX_LOSSES:
+                self._pending.appendleft(ticket)
+            else:
+                ticket.answer.set_exception(
+                    WorkerLost(
+                        "The worker died under this request, and again when it was tried once more.",
+                        retry_after=STARTING_RETRY_S,
+                    )
+                )
+        self._hand_over()
+
+    def _forget(self, ticket: Ticket) -> None:
+        del self._tickets[ticket.job.id]
+        if ticket in self._pending:
+            self._pending.remove(ticket)
+        if ticket.worker is not None:
+            ticket.worker.cancel(ticket.job.id)
+        if not self._tickets:
+            self._idle.set()
+
+
+def deadline_exceeded(timeout_s: float) -> DeadlineExceeded:
+    """The error of a request whose time is over."""
+    return DeadlineExceeded(f"The request was not answered within its {timeout_s:g} seconds; its work was dropped.")

@@ -1,0 +1,180 @@
+"""What a heatmap method is, and the trace that it reads: activations, gradients and scores, computed once and shared.
+
+A method holds mathematics alone; the loop over pictures, the resizing, the scaling and the colours live elsewhere.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Annotated, ClassVar, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from service.imaging.maps import Scaling
+from service.models.layers import Target
+from service.models.program import Program
+
+Family = Literal["cam", "pixel", "perturbation"]
+
+
+class Pass:
+    """One run of a batch through a network, shared by all methods and classes that are asked of it.
+
+    `images` is (N,3,H,W), normalised. With a `target` the network is cut there: its head runs without a graph, and a
+    gradient costs the tail alone.
+    """
+
+    def __init__(self, program: Program, images: Tensor, target: Target | None = None) -> None:
+        self.program = program
+        self.images = images
+        self.target = target
+        if target is None:
+            with torch.no_grad():
+                self.logits: Tensor = program.forward(images)
+            return
+        split = program.split(target.node)
+        with torch.no_grad():
+            values = split.head(images)
+        value, *crossing = values if isinstance(values, tuple) else (values,)
+        self._value = value.requires_grad_()
+        with torch.enable_grad():
+            self._scores: Tensor = split.tail(value, *crossing)
+        self.logits = self._scores.detach()
+
+    def trace(self, classes: Tensor) -> Trace:
+        """What the pass shows of one class per picture; `classes` is (N,), int64."""
+        return Trace(self, classes)
+
+    @cached_property
+    def activation(self) -> Tensor:
+        """The activation of the target layer, (N,C,h,w)."""
+        return self._target().grid.fold(self._value.detach())
+
+    def gradient(self, classes: Tensor) -> Tensor:
+        """The gradient of each picture's logit at the target layer, (N,C,h,w)."""
+        (gradient,) = torch.autograd.grad(_score(self._scores, classes), self._value, retain_graph=True)
+        return self._target().grid.fold(gradient)
+
+    def guided_gradient(self, classes: Tensor) -> Tensor:
+        """The guided-backpropagation gradient of each picture's logit at the images, (N,3,H,W)."""
+        inputs, scores = self._guided
+        (gradient,) = torch.autograd.grad(_score(scores, classes), inputs, retain_graph=True)
+        return gradient
+
+    @cached_property
+    def _guided(self) -> tuple[Tensor, Tensor]:
+        inputs = self.images.detach().requires_grad_()
+        with torch.enable_grad():
+            return inputs, self.program.guided()(inputs)
+
+    def _target(self) -> Target:
+        assert self.target is not None, "the method reads a layer but takes none"
+        return self.target
+
+
+def _score(scores: Tensor, classes: Tensor) -> Tensor:
+    """The sum of each picture's target logit: in eval mode pictures don't mix, so its gradient is each one's own."""
+    return scores.gather(1, classes[:, None]).sum()
+
+
+class Trace:
+    """What a pass shows of one target class per picture. Every attribute is computed when it is first read."""
+
+    def __init__(self, of: Pass, classes: Tensor) -> None:
+        self._pass = of
+        self._classes = classes
+
+    @property
+    def images(self) -> Tensor:
+        """The network's input, (N,3,H,W), normalised."""
+        return self._pass.images
+
+    @property
+    def activation(self) -> Tensor:
+        """A: the activation of the target layer, (N,C,h,w)."""
+        return self._pass.activation
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """g = dy/dA: the gradient of the target logit at the target layer, (N,C,h,w)."""
+        return self._pass.gradient(self._classes)
+
+    @cached_property
+    def guided_gradient(self) -> Tensor:
+        """The guided-backpropagation gradient of the target logit at the images, (N,3,H,W)."""
+        return self._pass.guided_gradient(self._classes)
+
+
+def grad_cam(trace: Trace) -> Tensor:
+    """Grad-CAM before its ReLU (Selvaraju et al. 2017, eq. 1 and 2): sum_k mean(g_k) A_k, (N,h,w)."""
+    weights = trace.gradient.mean(dim=(2, 3), keepdim=True)
+    return (weights * trace.activation).sum(dim=1)
+
+
+def upsample(maps: Tensor, like: Tensor) -> Tensor:
+    """One-channel maps (N,h,w) at the resolution of images (N,C,H,W): bilinear, corners not aligned."""
+    size = like.shape[-2:]
+    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def _as_bool(value: object) -> object:
+    """HALCON writes booleans as strings."""
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+
+
+class LayerParams(BaseModel):
+    """The parameters of a method that reads a target layer and paints its own three channels."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    target_conv_layer: str | None = Field(
+        None,
+        min_length=1,
+        description="the target layer by its module path, or 'recommended'; default: the deepest convolution "
+        "(HALCON: target_conv_layer)",
+    )
+
+
+class CamParams(LayerParams):
+    """The parameters of every method of the family `cam`."""
+
+    use_conv_only: Annotated[bool, BeforeValidator(_as_bool)] = Field(
+        True,
+        description="true: the convolution with its batch norm folded in; false: the ReLU fused with it "
+        "(HALCON: use_conv_only)",
+    )
+    scaling: Scaling = Field(
+        "scale_after_relu",
+        description="how the map is scaled after it was upsampled (HALCON: scaling)",
+    )
+
+
+class Method(ABC):
+    """A heatmap method. A subclass is registered with `@register` in the file that defines it."""
+
+    name: ClassVar[str]
+    family: ClassVar[Family]
+    channels: ClassVar[Literal[1, 3]]
+    paper: ClassVar[str]
+    description: ClassVar[str]
+    cost: ClassVar[str]
+    Params: ClassVar[type[LayerParams]]
+
+    @abstractmethod
+    def heatmap(self, trace: Trace, params: LayerParams) -> Tensor:
+        """The raw float32 map: (N,h,w) with one channel, signed (N,H,W,3) with three. Never scaled or clipped."""
+
+
+REGISTRY: dict[str, Method] = {}
+
+M = TypeVar("M", bound=type[Method])
+
+
+def register(kind: M) -> M:
+    """Class decorator: make the method available under its name."""
+    REGISTRY[kind.name] = kind()
+    return kind

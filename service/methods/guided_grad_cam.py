@@ -1,0 +1,22 @@
+"""Guided Grad-CAM (Selvaraju et al. 2017, HALCON's `guided_grad_cam`)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from service.explain import LayerParams, Method, Trace, grad_cam, register, upsample
+
+
+@register
+class GuidedGradCam(Method):
+    name = "guided_grad_cam"
+    family = "pixel"
+    channels = 3
+    paper = "https://arxiv.org/abs/1610.02391"
+    description = "The positive part of Grad-CAM times the guided-backpropagation gradient at the picture, signed."
+    cost = "two forward passes, one full backward pass, one through what follows the target layer"
+    Params = LayerParams
+
+    def heatmap(self, trace: Trace, params: LayerParams) -> Tensor:
+        coarse = upsample(grad_cam(trace).clamp(min=0), like=trace.images)
+        return (coarse[:, None] * trace.guided_gradient).movedim(1, -1)

@@ -1,0 +1,124 @@
+"""Where the picture's rows and columns are in a value of the graph: the channel axis, or the grid of its tokens."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+CONVOLUTIONS = frozenset({aten.conv2d.default, aten.conv2d.padding, aten.convolution.default})
+BATCH_NORMS = frozenset({aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default})
+CHANNELS_FIRST = (
+    CONVOLUTIONS
+    | BATCH_NORMS
+    | {
+        aten.group_norm.default,
+        aten.native_group_norm.default,
+        aten.max_pool2d.default,
+        aten.avg_pool2d.default,
+        aten.adaptive_avg_pool2d.default,
+        aten.upsample_bilinear2d.vec,
+        aten.upsample_nearest2d.vec,
+    }
+)
+CHANNELS_LAST = frozenset({aten.linear.default, aten.layer_norm.default, aten.native_layer_norm.default})
+MAX_PREFIX_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a batched value folds to (N,C,h,w): a map with its channels at `channel_axis`, or tokens (N,T,C).
+
+    Of tokens the first `prefix` (class token, registers) belong to no place of the picture.
+    """
+
+    height: int
+    width: int
+    channel_axis: int
+    prefix: int | None = None
+
+    def fold(self, value: Tensor) -> Tensor:
+        """`value` as (N,C,h,w), without prefix tokens."""
+        if self.prefix is not None:
+            value = value[:, self.prefix :].reshape(len(value), self.height, self.width, -1)
+        return value.movedim(-1, 1) if self.prefix is not None or self.channel_axis == 3 else value
+
+
+def find_grid(node: fx.Node) -> Grid | str:
+    """The grid of a batched value, or why it has none."""
+    shape = node.meta["val"].shape
+    if any(not isinstance(size, int) for size in shape[1:]):
+        return "its shape depends on the batch in more than one dimension"
+    if len(shape) == 4:
+        axis = channel_axis(node)
+        height, width = (size for dim, size in enumerate(shape) if dim not in (0, axis))
+        return Grid(height, width, axis) if height * width > 1 else "its output is 1x1"
+    if len(shape) == 3:
+        return _token_grid(node, shape[1])
+    return f"its output has {len(shape)} dimensions: it is no map and no token grid"
+
+
+def _token_grid(node: fx.Node, tokens: int) -> Grid | str:
+    """The grid of (N,T,C) from the nearest convolution or pooling before it, whose places became the tokens."""
+    seen: set[fx.Node] = set()
+    layer = [node]
+    while layer:
+        before = dict.fromkeys(source for other in layer for source in other.all_input_nodes if source not in seen)
+        seen.update(before)
+        for source in before:
+            if source.target in CHANNELS_FIRST and isinstance(value := source.meta["val"], Tensor) and value.ndim == 4:
+                height, width = value.shape[2:]
+                if 0 <= tokens - height * width <= MAX_PREFIX_TOKENS and height * width > 1:
+                    return Grid(height, width, channel_axis=2, prefix=tokens - height * width)
+        layer = list(before)
+    return f"no patch grid explains its {tokens} tokens"
+
+
+def channel_axis(node: fx.Node) -> int:
+    """The channel axis (1 or 3) of a four-dimensional value, from the operations that made it, else that read it."""
+    before = _axis_before(node)
+    if before is None:
+        before = _axis_after(node)
+    return 1 if before is None else before
+
+
+def _axis_before(node: fx.Node) -> int | None:
+    if node.target is operator.getitem:
+        return _axis_before(node.all_input_nodes[0])
+    if node.target in CHANNELS_FIRST:
+        return 1
+    if node.target in CHANNELS_LAST:
+        return 3
+    if node.target is aten.permute.default:
+        source = _axis_before(node.all_input_nodes[0])
+        return None if source is None else _permutation(node).index(source)
+    return next((axis for source in _same_shape(node, node.all_input_nodes) if (axis := _axis_before(source))), None)
+
+
+def _axis_after(node: fx.Node) -> int | None:
+    for user in node.users:
+        if user.target in CHANNELS_FIRST:
+            return 1
+        if user.target in CHANNELS_LAST:
+            return 3
+        if user.target is aten.permute.default and (axis := _axis_after(user)) is not None:
+            return _permutation(user)[axis]
+    return next((axis for user in _same_shape(node, node.users) if (axis := _axis_after(user))), None)
+
+
+def _permutation(node: fx.Node) -> list[int]:
+    dims = node.args[1]
+    assert isinstance(dims, list | tuple)
+    return [int(str(dim)) % 4 for dim in dims]
+
+
+def _same_shape(node: fx.Node, others: object) -> list[fx.Node]:
+    """Those of `others` that an element-wise operation links with `node`: their values have the same shape."""
+    shape = node.meta["val"].shape
+    assert hasattr(others, "__iter__")
+    values = [(other, other.meta.get("val")) for other in others]
+    return [other for other, value in values if isinstance(value, Tensor) and value.ndim == 4 and value.shape == shape]

@@ -1,0 +1,242 @@
+"""The layers of a captured network: their summary, the default and recommended target, and what a name stands for."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, fx
+
+from service.errors import InvalidGenParams, ModelLoadError, UnknownLayer, nearest
+from service.models.grids import BATCH_NORMS, CONVOLUTIONS, Grid, find_grid
+from service.models.program import Program, is_size
+
+aten = torch.ops.aten
+
+WEIGHTED = CONVOLUTIONS | {aten.linear.default, aten.matmul.default, aten.bmm.default}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of one module, which ends at `position` in the graph.
+
+    `grid` is None, and `reason` says why, where its output can't be a target. `output_shape` is for one picture.
+    """
+
+    name: str
+    type: str
+    position: int
+    node: fx.Node | None
+    output_shape: tuple[int, ...]
+    parameters: int
+    grid: Grid | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a heatmap is taken: a node of the graph, how its value folds to a map, and the layer's name."""
+
+    name: str
+    node: fx.Node
+    grid: Grid
+
+
+class LayerTable:
+    """The layers of one program, in the order in which they finish."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._order = {node: index for index, node in enumerate(program.nodes)}
+        self._reaching = program.ancestors([program.logits])
+        self._calls = _module_calls(program)
+        last = dict(sorted(self._calls))
+        rows = [self._row(path, call, path) for path, call in last.items()]
+        self.rows: tuple[Layer, ...] = tuple(sorted(rows, key=lambda row: row.position))
+        self._by_name = {row.name: row for row in self.rows}
+
+    @cached_property
+    def recommended(self) -> str | None:
+        """The deepest layer through which every path to the scores goes and whose gradient is not zero.
+
+        Where several modules end in that value, the outermost.
+        """
+        tried: dict[fx.Node, bool] = {}
+        for row in sorted(self._targets(), key=lambda row: (-row.position, len(row.name))):
+            assert row.node is not None
+            assert row.grid is not None
+            if row.node not in tried:
+                alone = not self._program.crossing(row.node)
+                tried[row.node] = alone and _has_gradient(self._program, row.node, row.grid)
+            if tried[row.node]:
+                return row.name
+        return None
+
+    @cached_property
+    def default(self) -> str:
+        """The deepest convolution whose output is not 1x1; the recommended layer where that is but the stem.
+
+        Raises ModelLoadError where the network has neither.
+        """
+        convolutions = [row for row in self._targets() if row.node is not None and row.node.target in CONVOLUTIONS]
+        if convolutions:
+            deepest = max(convolutions, key=lambda row: (row.position, len(row.name)))
+            if not self._is_stem(deepest):
+                return deepest.name
+        if self.recommended is None:
+            raise ModelLoadError("no layer of the network is a spatial map through which a gradient flows")
+        return self.recommended
+
+    def relu(self, row: Layer) -> str | None:
+        """The name of the ReLU fused with a convolution, None where there is none."""
+        if row.node is None or row.node.target not in CONVOLUTIONS:
+            return None
+        node = _fused_relu(_folded(row.node))
+        return None if node is None else _innermost_path(node) or node.name
+
+    def target(self, name: str | None, use_conv_only: bool) -> Target:
+        """What `target_conv_layer` and `use_conv_only` (HALCON) stand for.
+
+        `None` is the default layer, "recommended" the recommended one, `name@k` call k of a module that is called
+        more than once. Raises UnknownLayer or InvalidGenParams.
+        """
+        row = self._find(self.default if name is None else name)
+        if row.node is None or row.grid is None:
+            hint = nearest(row.name, (other.name for other in self._targets()))
+            raise UnknownLayer(f"Layer {row.name!r} cannot be a target: {row.reason}.{hint}")
+        convolution = row.node.target in CONVOLUTIONS
+        node = _folded(row.node) if convolution else row.node
+        if not use_conv_only:
+            relu = _fused_relu(node) if convolution else None
+            if relu is None:
+                what = "has no ReLU or ReLU6 as its only consumer" if convolution else "is no convolution"
+                raise InvalidGenParams(
+                    f"use_conv_only false takes the ReLU fused with a convolution, and {row.name!r} {what}."
+                )
+            node = relu
+        return Target(row.name, node, row.grid)
+
+    def _find(self, name: str) -> Layer:
+        if name == "recommended":
+            if self.recommended is None:
+                raise UnknownLayer("This network has no recommended layer: none has a gradient through every path.")
+            name = self.recommended
+        if name in self._by_name:
+            return self._by_name[name]
+        path, _, call = name.rpartition("@")
+        if call.isdecimal() and (path, int(call)) in self._calls:
+            return self._row(path, int(call), name)
+        hint = nearest(name, (row.name for row in self._targets()))
+        raise UnknownLayer(f"The network has no layer {name!r}; GET /models/<id>/layers lists them.{hint}")
+
+    def _targets(self) -> list[Layer]:
+        return [row for row in self.rows if row.grid is not None]
+
+    def _row(self, path: str, call: int, name: str) -> Layer:
+        nodes = self._calls[path, call]
+        inside = set(nodes)
+        outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+        node = outputs[0] if len(outputs) == 1 else None
+        grid: Grid | str = "it has several outputs" if len(outputs) > 1 else "its output is not used"
+        if node is not None:
+            grid = self._grid(node)
+        shown = node or nodes[-1]
+        prefix = path + "."
+        parameters = (p.numel() for key, p in self._program.source.named_parameters() if key.startswith(prefix))
+        return Layer(
+            name=name,
+            type=_type_of(nodes[-1], path),
+            position=self._order[nodes[-1]],
+            node=node,
+            output_shape=_shape(shown),
+            parameters=sum(parameters),
+            grid=grid if isinstance(grid, Grid) else None,
+            reason=grid if isinstance(grid, str) else None,
+        )
+
+    def _grid(self, node: fx.Node) -> Grid | str:
+        if not isinstance(node.meta.get("val"), Tensor):
+            return "its output is no tensor"
+        if node not in self._program.tainted:
+            return "its output does not depend on the picture"
+        if node not in self._reaching:
+            return "the scores do not depend on it"
+        if not self._program.is_batched(node):
+            return "dimension 0 of its output is not the batch"
+        return find_grid(node)
+
+    def _is_stem(self, row: Layer) -> bool:
+        """Whether most weighted operations on places of the picture come after the convolution."""
+        weighted = [
+            index
+            for node, index in self._order.items()
+            if node.target in WEIGHTED and node in self._program.tainted and node.meta["val"].ndim >= 3
+        ]
+        before = sum(index <= row.position for index in weighted)
+        return len(weighted) - before > before
+
+
+def _module_calls(program: Program) -> dict[tuple[str, int], list[fx.Node]]:
+    """The nodes of each call of each module, by module path and number of the call."""
+    calls: dict[tuple[str, int], list[fx.Node]] = {}
+    for node in program.nodes:
+        if node.op != "call_function" or is_size(node):
+            continue
+        for key, (path, _) in node.meta.get("nn_module_stack", {}).items():
+            if path and path != key:
+                call = key.rpartition("@")[2]
+                calls.setdefault((path, int(call) if "@" in key and call.isdecimal() else 0), []).append(node)
+    return calls
+
+
+def _folded(convolution: fx.Node) -> fx.Node:
+    """The convolution with its batch norm folded in: the batch norm's output where that is its only consumer."""
+    users = list(convolution.users)
+    if len(users) != 1 or users[0].target not in BATCH_NORMS:
+        return convolution
+    results = [user for user in users[0].users if user.target is operator.getitem and user.args[1] == 0]
+    return results[0] if results else users[0]
+
+
+def _fused_relu(node: fx.Node) -> fx.Node | None:
+    """The ReLU or ReLU6 that alone reads the node's value."""
+    users = list(node.users)
+    if len(users) != 1:
+        return None
+    is_relu6 = users[0].target is aten.hardtanh.default and users[0].args[1:] == (0.0, 6.0)
+    return users[0] if users[0].target is aten.relu.default or is_relu6 else None
+
+
+def _innermost_path(node: fx.Node) -> str:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]) if stack else ""
+
+
+def _type_of(node: fx.Node, path: str) -> str:
+    kind = next(kind for other, kind in node.meta["nn_module_stack"].values() if other == path)
+    return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    """The shape of the node's value for one picture: without the batch, and without sizes that depend on it."""
+    value = node.meta.get("val")
+    value = value[0] if isinstance(value, tuple | list) else value
+    return tuple(size for size in value.shape if isinstance(size, int)) if isinstance(value, Tensor) else ()
+
+
+def _has_gradient(program: Program, node: fx.Node, grid: Grid) -> bool:
+    """Whether the top score of a random picture has a gradient at the node's places that is not zero."""
+    split = program.split(node)
+    example = program.images.meta["val"]
+    weight = next(program.source.parameters())
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1, *example.shape[1:], generator=generator).to(weight.device)
+    with torch.no_grad():
+        activation = split.head(images)
+    with torch.enable_grad():
+        activation.requires_grad_()
+        score = split.tail(activation).amax(dim=1).sum()
+        (gradient,) = torch.autograd.grad(score, activation)
+    return bool(grid.fold(gradient).count_nonzero())

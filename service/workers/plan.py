@@ -1,0 +1,113 @@
+"""From a request to what has to be computed, with every name resolved and every value checked. Computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+import service.methods  # noqa: F401  (registers the methods)
+from service.errors import FieldError, InvalidGenParams, InvalidRequest, UnknownClass, UnknownMethod, nearest
+from service.explain import REGISTRY, LayerParams, Method
+from service.models.layers import Target
+from service.models.resident import Model
+from service.workers.messages import ClassRef, ExplainRequest
+
+
+@dataclass(frozen=True)
+class Task:
+    """One method with its parameters. `effective` are all of them, as the answer shows them."""
+
+    method: Method
+    params: LayerParams
+    target: Target
+
+    @property
+    def effective(self) -> dict[str, object]:
+        return {**self.params.model_dump(), "target_conv_layer": [self.target.name]}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is computed: every task for every class of each picture; no classes stands for the top class."""
+
+    tasks: tuple[Task, ...]
+    classes: tuple[tuple[int, ...], ...]
+
+
+def make_plan(request: ExplainRequest, model: Model) -> Plan:
+    """Resolve a request. Raises the InvalidRequest that names the field and what would be right."""
+    methods = [_method(name, index) for index, name in enumerate(request.methods)]
+    tasks = tuple(_task(method, request.gen_params, methods, model) for method in methods)
+    classes = tuple(
+        tuple(_class_id(reference, model.labels) for reference in references) for references in request.target_classes
+    )
+    return Plan(tasks, classes)
+
+
+def _method(name: str, index: int) -> Method:
+    if name not in REGISTRY:
+        detail = f"There is no method {name!r}; GET /methods lists them.{nearest(name, REGISTRY)}"
+        raise UnknownMethod(detail, errors=(FieldError(f"/method/{index}", detail),))
+    return REGISTRY[name]
+
+
+def _task(method: Method, gen_params: Mapping[str, object], asked: list[Method], model: Model) -> Task:
+    params = _validated(method, _own_params(method, gen_params, asked))
+    use_conv_only = getattr(params, "use_conv_only", True)
+    try:
+        target = model.layers.target(params.target_conv_layer, use_conv_only)
+    except InvalidRequest as error:
+        key = "use_conv_only" if isinstance(error, InvalidGenParams) else "target_conv_layer"
+        error.errors = (FieldError(f"/gen_params/{key}", error.detail),)
+        raise
+    return Task(method, params, target)
+
+
+def _own_params(method: Method, gen_params: Mapping[str, object], asked: list[Method]) -> dict[str, object]:
+    """The common parameters and those under the method's own name."""
+    names = {other.name for other in asked}
+    common = {key: value for key, value in gen_params.items() if key not in REGISTRY}
+    for key in gen_params.keys() - common.keys() - names:
+        raise _wrong(key, f"gen_params has parameters for {key!r}, which is not among the methods asked for.")
+    own = gen_params.get(method.name, {})
+    if not isinstance(own, Mapping):
+        raise _wrong(method.name, f"The parameters of {method.name!r} alone are an object, not {own!r}.")
+    return {**common, **own}
+
+
+def _validated(method: Method, values: Mapping[str, object]) -> LayerParams:
+    try:
+        return method.Params.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = str(problem["loc"][0])
+        if problem["type"] != "extra_forbidden":
+            raise _wrong(key, f"{key!r} of {method.name}: {problem['msg']}, got {problem['input']!r}.") from None
+        known = method.Params.model_fields
+        detail = f"{method.name} takes no parameter {key!r}, but {', '.join(known)}.{nearest(key, known)}"
+        raise _wrong(key, detail) from None
+
+
+def _wrong(key: str, detail: str) -> InvalidGenParams:
+    pointer = key.replace("~", "~0").replace("/", "~1")
+    return InvalidGenParams(detail, errors=(FieldError(f"/gen_params/{pointer}", detail),))
+
+
+def _class_id(reference: ClassRef, labels: tuple[str, ...]) -> int:
+    if isinstance(reference, int):
+        if 0 <= reference < len(labels):
+            return reference
+        raise _unknown_class(f"The model's classes are 0 to {len(labels) - 1}; there is no class {reference}.")
+    found = [class_id for class_id, name in enumerate(labels) if name == reference]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise _unknown_class(f"The name {reference!r} belongs to the classes {found}; give the id of one of them.")
+    hint = nearest(reference, labels)
+    raise _unknown_class(f"The model has no class {reference!r}; GET /models/<id>/classes lists them.{hint}")
+
+
+def _unknown_class(detail: str) -> UnknownClass:
+    return UnknownClass(detail, errors=(FieldError("/target_classes", detail),))

@@ -1,0 +1,207 @@
+"""The parent's side of the workers: one spawned process per device, started, watched and replaced.
+
+Knows nothing of queues or HTTP: it tells a listener what arrived and what was lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from service.models.repository import Entry
+from service.settings import Settings
+from service.workers import entry
+from service.workers.messages import (
+    Cancel,
+    Done,
+    Hello,
+    Job,
+    MethodInfo,
+    ModelChanged,
+    ModelInfo,
+    Stop,
+    ToChild,
+    ToParent,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_BACKOFF_S = 30.0
+
+
+class Worker:
+    """One process on one device. Two threads move messages, so that the event loop never waits for a pipe."""
+
+    def __init__(
+        self, device: str, settings: Settings, folder: Path, receive: Callable[[Worker, ToParent | None], None]
+    ):
+        """`receive` is called on the event loop with each message, and with None when the process is gone."""
+        context = multiprocessing.get_context("spawn")
+        self.device = device
+        self.jobs: set[int] = set()
+        self.models: dict[str, ModelInfo] = {}
+        self.capacity = 0
+        self.serves = False
+        self._receive = receive
+        self._loop = asyncio.get_running_loop()
+        self._outbox: queue.SimpleQueue[ToChild | None] = queue.SimpleQueue()
+        self._connection, self._child_end = context.Pipe(duplex=True)
+        self.process = context.Process(
+            target=entry.run, args=(self._child_end, device, settings, folder), name=f"heatmap-{device}"
+        )
+
+    def start(self) -> None:
+        """Start the process and the threads that talk to it. Blocks while the process is spawned."""
+        self.process.start()
+        self._child_end.close()
+        threading.Thread(target=self._read, name=f"read-{self.device}", daemon=True).start()
+        threading.Thread(target=self._write, name=f"write-{self.device}", daemon=True).start()
+
+    def has(self, model_id: str) -> bool:
+        """Whether this worker can explain with the model now."""
+        return model_id in self.models and self.models[model_id].state == "ready"
+
+    def submit(self, job: Job) -> None:
+        self.jobs.add(job.id)
+        self._outbox.put(job)
+
+    def cancel(self, job_id: int) -> None:
+        """Tell the worker that nobody waits for a job, if it still has it."""
+        if job_id in self.jobs:
+            self._outbox.put(Cancel(job_id))
+
+    def stop(self) -> None:
+        self._outbox.put(Stop())
+
+    def _read(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                self._post(self._connection.recv())
+        self._outbox.put(None)
+        self.process.join()
+        self._post(None)
+
+    def _post(self, message: ToParent | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self._receive, self, message)
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError), self._connection:
+            while (message := self._outbox.get()) is not None:
+                self._connection.send(message)
+
+
+class Listener(Protocol):
+    """Who is told, on the event loop, what happens to jobs."""
+
+    def done(self, done: Done) -> None:
+        """A job's outcome arrived."""
+
+    def lost(self, job_ids: tuple[int, ...]) -> None:
+        """A worker died under these jobs, in the order in which it got them."""
+
+    def changed(self) -> None:
+        """A worker may have room, or a model more."""
+
+
+class Pool:
+    """All workers, and what is known of models and methods through them."""
+
+    def __init__(self, settings: Settings, entries: tuple[Entry, ...]) -> None:
+        self.workers: list[Worker] = []
+        self.models: dict[str, ModelInfo] = {entry.id: ModelInfo(entry.id, state="loading") for entry in entries}
+        self.methods: tuple[MethodInfo, ...] = ()
+        self._listener: Listener
+        self._settings = settings
+        self._stopping = False
+        self._failures: dict[str, int] = {}
+        self._folder: tempfile.TemporaryDirectory[str]
+        self._starts: set[asyncio.Task[None]] = set()
+
+    async def start(self, devices: tuple[str, ...], listener: Listener) -> None:
+        """Start one worker per device, keep one there until `stop`, and tell `listener` what happens."""
+        self._listener = listener
+        self._folder = tempfile.TemporaryDirectory(prefix="heatmap-service-")
+        for device in devices:
+            await self._start_worker(device)
+
+    def free_worker(self, model_id: str) -> Worker | None:
+        """The least busy worker that has the model and room for a job."""
+        free = [worker for worker in self.workers if worker.has(model_id) and len(worker.jobs) < worker.capacity]
+        return min(free, key=lambda worker: len(worker.jobs), default=None)
+
+    async def stop(self, timeout_s: float) -> None:
+        """Let the workers finish what they do, for `timeout_s` seconds at most; afterwards none is left."""
+        self._stopping = True
+        for task in self._starts:
+            task.cancel()
+        for worker in self.workers:
+            worker.stop()
+        processes = [worker.process for worker in self.workers]
+        await asyncio.to_thread(_join_or_kill, processes, timeout_s)
+        self._folder.cleanup()
+
+    async def _start_worker(self, device: str) -> None:
+        worker = Worker(device, self._settings, Path(self._folder.name), self._receive)
+        self.workers.append(worker)
+        await asyncio.to_thread(worker.start)
+        logger.info("worker %s started, pid %s", device, worker.process.pid)
+
+    def _receive(self, worker: Worker, message: ToParent | None) -> None:
+        match message:
+            case Done():
+                worker.jobs.discard(message.id)
+                self._listener.done(message)
+            case Hello():
+                worker.capacity = message.capacity
+                self.methods = message.methods
+            case ModelChanged(info=info):
+                worker.models[info.id] = info
+                self.models[info.id] = info
+                if worker.models.keys() >= self.models.keys():
+                    worker.serves = True
+                    self._failures[worker.device] = 0
+            case None:
+                self._replace(worker)
+        self._listener.changed()
+
+    def _replace(self, worker: Worker) -> None:
+        self.workers.remove(worker)
+        if self._stopping:
+            return
+        failures = self._failures.get(worker.device, 0)
+        self._failures[worker.device] = failures + 1
+        delay = min(2.0**failures - 1, MAX_BACKOFF_S)
+        logger.error(
+            "worker %s ended with exit code %s under %d jobs; a new one starts in %.0f s",
+            worker.device,
+            worker.process.exitcode,
+            len(worker.jobs),
+            delay,
+        )
+        self._listener.lost(tuple(sorted(worker.jobs)))
+        task = asyncio.get_running_loop().create_task(self._start_later(worker.device, delay))
+        self._starts.add(task)
+        task.add_done_callback(self._starts.discard)
+
+    async def _start_later(self, device: str, delay: float) -> None:
+        await asyncio.sleep(delay)
+        await self._start_worker(device)
+
+
+def _join_or_kill(processes: Sequence[multiprocessing.process.BaseProcess], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
