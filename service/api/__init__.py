@@ -1,0 +1,5 @@
+"""HTTP alone: routes, wire schemas, the three request encodings, answers by Accept, problems. No queue, no torch."""
+
+from service.api.routes import mount
+
+__all__ = ["mount"]

@@ -20,6 +20,7 @@ from service.errors import (
     ModelFailed,
     ModelLoading,
     ModelNotFound,
+    ModelTypeNotSupported,
     NoWorker,
     QueueFull,
     ServiceError,
@@ -27,7 +28,7 @@ from service.errors import (
     nearest,
 )
 from service.settings import Settings
-from service.workers.messages import Answer, Done, ExplainRequest, Job, MethodInfo, ModelInfo
+from service.workers.messages import SERVED_TYPE, Answer, Done, ExplainRequest, Job, MethodInfo, ModelInfo
 from service.workers.pool import Pool, Worker
 
 STARTING_RETRY_S = 5.0
@@ -66,6 +67,7 @@ class Dispatcher:
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
+        self._ready = asyncio.Event()
 
     def models(self) -> Mapping[str, ModelInfo]:
         """Every model of the repository by its id, in the order of the ids."""
@@ -92,6 +94,10 @@ class Dispatcher:
             reasons.append("no worker serves")
         reasons += [f"model {info.id} is loading" for info in self._pool.models.values() if info.state == "loading"]
         return tuple(reasons)
+
+    async def first_ready(self) -> None:
+        """Return when requests could be served for the first time."""
+        await self._ready.wait()
 
     async def explain(self, request: ExplainRequest, size_bytes: int, timeout_s: float) -> Answer:
         """Queue a request and wait for its answer. Cancelling the caller drops the work.
@@ -152,6 +158,11 @@ class Dispatcher:
         info = self.model(model_id)
         if any(worker.has(model_id) for worker in self._pool.workers):
             return
+        if info.type is not None and info.type != SERVED_TYPE:
+            detail = (
+                f"Model {model_id!r} is of type {info.type!r}; heatmaps are made of models of type {SERVED_TYPE!r}."
+            )
+            raise ModelTypeNotSupported(detail)
         if info.state == "failed":
             raise ModelFailed(f"Model {model_id!r} could not be loaded: {info.reason}")
         if info.state == "loading":
@@ -159,7 +170,9 @@ class Dispatcher:
         raise NoWorker(f"No worker serves model {model_id!r} now; one is starting.", retry_after=STARTING_RETRY_S)
 
     def changed(self) -> None:
-        """A worker may have room now."""
+        """A worker may have room now, or a model more."""
+        if not self.not_ready():
+            self._ready.set()
         self._hand_over()
 
     def _hand_over(self) -> None:
@@ -211,6 +224,7 @@ class Dispatcher:
             ticket.worker.cancel(ticket.job.id)
         if not self._tickets:
             self._idle.set()
+        self._ready = asyncio.Event()
 
 
 def deadline_exceeded(timeout_s: float) -> DeadlineExceeded:

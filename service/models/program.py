@@ -53,7 +53,7 @@ def capture(module: nn.Module, example: Tensor, file: Path | None = None) -> fx.
         reason = str(error).strip().split("\n", 1)[0]
         raise ModelLoadError(f"torch.export cannot capture the network: {type(error).__name__}: {reason}") from error
     if file is not None:
-        partial = file.with_suffix(f".{threading.get_native_id()}.part")
+        partial = file.with_suffix(f".{threading.get_native_id()}.pt2")
         torch.export.save(program, partial)
         partial.replace(file)
     return _module(program)

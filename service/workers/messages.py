@@ -11,6 +11,7 @@ from service.imaging.maps import Size
 from service.imaging.render import Encoding, Format
 
 ClassRef = int | str
+SERVED_TYPE = "classification"
 State = Literal["loading", "ready", "failed", "unloaded"]
 
 

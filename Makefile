@@ -1,0 +1,34 @@
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+BIN := .venv/bin
+
+.PHONY: serve test check install openapi clean
+
+serve: .venv/installed
+	$(BIN)/heatmap-service serve --host $(HOST) --port $(PORT)
+
+test: .venv/installed
+	$(BIN)/pytest
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/heatmap-service openapi | diff openapi/openapi.json -
+
+install: .venv/installed
+
+# The committed copy of the OpenAPI document, after a change of the API.
+openapi: .venv/installed
+	$(BIN)/heatmap-service openapi > openapi/openapi.json
+
+clean:
+	rm -rf .venv
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: PYTHON=python3.12 make")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[test]'
+	touch $@

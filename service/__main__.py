@@ -1,0 +1,77 @@
+"""The command line: `serve` the models over HTTP, `explain` pictures without a server, print the `openapi` document."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from service.errors import ModelLoadError, ServiceError
+from service.settings import Settings, SettingsError, add_options, load
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; a wrong setting or request ends it with a message and status 2, another error with 1."""
+    options = vars(_parser().parse_args(arguments))
+    command = options.pop("command")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
+    try:
+        if command == "serve":
+            _serve(load(options, os.environ))
+        elif command == "explain":
+            _explain(**options)
+        else:
+            _openapi()
+    except SettingsError as error:
+        sys.exit(f"heatmap-service: {error}")
+    except (ServiceError, ModelLoadError, OSError) as error:
+        sys.exit(f"heatmap-service: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="heatmap-service", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="serve models over HTTP", formatter_class=_Help, allow_abbrev=False)
+    add_options(serve)
+    explain = commands.add_parser("explain", help="write heatmaps of pictures without a server")
+    explain.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
+    explain.add_argument("-m", "--method", default="grad_cam", help="heatmap method (default grad_cam)")
+    explain.add_argument(
+        "-o", "--out", required=True, type=Path, help="file for one picture (.png, .webp, .jpg or .npy), else a folder"
+    )
+    explain.add_argument("--models", type=Path, help="folder with one folder per model")
+    explain.add_argument("--model", help="id of the model (default: the only one)")
+    commands.add_parser("openapi", help="print the OpenAPI document")
+    return parser
+
+
+class _Help(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+
+def _serve(settings: Settings) -> None:
+    from service.app import Server, create_app
+
+    logging.getLogger().setLevel(settings.log_level.upper())
+    Server(create_app(settings), settings).run()
+
+
+def _explain(pictures: list[Path], method: str, out: Path, models: Path | None, model: str | None) -> None:
+    from service.workers.local import explain  # torch comes in here, and only in this command
+
+    for line in explain(pictures, method, out, models, model):
+        print(line)
+
+
+def _openapi() -> None:
+    from service.app import create_app
+
+    print(json.dumps(create_app(Settings()).openapi(), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The endpoints that tell what there is: models, their layers and classes, methods."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query
+
+from service.api import openapi
+from service.api.responses import ClassLabel, ClassList, Layer, LayerList, Method, MethodList, Model, ModelList
+from service.dispatch.dispatcher import Dispatcher
+from service.errors import ModelFailed, ModelLoading, ModelNotFound, NoWorker
+from service.workers.messages import ModelInfo
+
+LOADING_RETRY_S = 5.0
+
+ModelId = Annotated[str, Path(alias="id", description="A model's id, from `GET /models`.")]
+NamePart = Annotated[str, Query(description="A part of the name, whatever its case; or the digits of an id.")]
+
+
+def create_router(dispatcher: Dispatcher) -> APIRouter:
+    """The GET endpoints under `/models` and `/methods`."""
+    router = APIRouter(tags=["catalogue"])
+    model_problems = openapi.problems(ModelNotFound)
+    detail_problems = openapi.problems(ModelNotFound, ModelLoading, ModelFailed)
+
+    @router.get("/models", summary="List the models", operation_id="listModels")
+    async def list_models() -> ModelList:
+        """Every model of the repository, also those that load or failed."""
+        return ModelList(models=[Model.model_validate(info) for info in dispatcher.models().values()])
+
+    @router.get("/models/{id}", summary="Describe a model", operation_id="getModel", responses=model_problems)
+    async def get_model(model_id: ModelId) -> Model:
+        """One model: its state, its input, its layers of note."""
+        return Model.model_validate(dispatcher.model(model_id))
+
+    @router.get(
+        "/models/{id}/layers", summary="List a model's layers", operation_id="listLayers", responses=detail_problems
+    )
+    async def list_layers(model_id: ModelId) -> LayerList:
+        """The summary of the network: which layers can be `target_conv_layer`, and why others can't."""
+        info = _loaded(dispatcher.model(model_id))
+        return LayerList(layers=[Layer.model_validate(layer) for layer in info.layers])
+
+    @router.get(
+        "/models/{id}/classes", summary="List a model's classes", operation_id="listClasses", responses=detail_problems
+    )
+    async def list_classes(model_id: ModelId, query: NamePart = "") -> ClassList:
+        """The classes that the model knows, or those that match the query."""
+        info = _loaded(dispatcher.model(model_id))
+        part = query.casefold()
+        return ClassList(
+            classes=[
+                ClassLabel(class_id=class_id, class_name=name)
+                for class_id, name in enumerate(info.classes)
+                if part in name.casefold() or query == str(class_id)
+            ]
+        )
+
+    @router.get(
+        "/methods", summary="List the heatmap methods", operation_id="listMethods", responses=openapi.problems(NoWorker)
+    )
+    async def list_methods() -> MethodList:
+        """The methods and, as JSON Schema, their `gen_params`."""
+        return MethodList(methods=[Method.model_validate(info) for info in dispatcher.methods()])
+
+    return router
+
+
+def _loaded(info: ModelInfo) -> ModelInfo:
+    if info.state == "loading":
+        raise ModelLoading(f"Model {info.id!r} is in its first load.", retry_after=LOADING_RETRY_S)
+    if info.state == "failed":
+        raise ModelFailed(f"Model {info.id!r} could not be loaded: {info.reason}")
+    return info

@@ -1,0 +1,139 @@
+"""From what a client wrote to checked fields: text of forms and queries is read here, and every mistake is named."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+from pydantic import ValidationError
+from pydantic_core import from_json
+
+from service.api.schemas import HeatmapFields, InferFields
+from service.errors import FieldError, InvalidRequest, nearest
+
+MAX_ERRORS = 10
+MAX_ECHO = 100
+MAX_DIGITS = 15
+
+Fields = TypeVar("Fields", bound=InferFields)
+
+
+def wrong(pointer: str, detail: str) -> InvalidRequest:
+    """The error that blames one place of the request."""
+    return InvalidRequest(f"{pointer}: {detail}", errors=(FieldError(pointer, detail),))
+
+
+def invalid(problems: Sequence[Mapping[str, Any]], values: object) -> InvalidRequest:
+    """Pydantic's findings about `values` as one error with JSON pointers."""
+    found = tuple(
+        FieldError(_pointer(problem["loc"], values), f"{problem['msg']}; got {reprlib.repr(problem['input'])}.")
+        for problem in problems[:MAX_ERRORS]
+    )
+    return InvalidRequest(" ".join(f"{error.pointer}: {error.detail}" for error in found), errors=found)
+
+
+def validate(kind: type[Fields], values: Mapping[str, object], beside: tuple[str, ...] = ()) -> Fields:
+    """Check values of JSON types strictly. `beside` are the names that the encoding takes besides the fields."""
+    if unknown := values.keys() - kind.model_fields.keys():
+        raise _unknown_fields(unknown, (*kind.model_fields, *beside))
+    try:
+        return kind.model_validate(dict(values), strict=True)
+    except ValidationError as error:
+        raise invalid(error.errors(include_url=False), values) from None
+
+
+def from_text(items: Iterable[tuple[str, str]]) -> dict[str, object]:
+    """Values of a form or query as JSON types. An empty one counts as not given; unknown names stay, to be refused."""
+    texts: dict[str, list[str]] = {}
+    for name, text in items:
+        texts.setdefault(name, []).extend([text] if text else [])
+    return {
+        name: READERS[name](name, given) if name in READERS else None
+        for name, given in texts.items()
+        if given or name not in READERS
+    }
+
+
+def merge(query: Mapping[str, object], body: Mapping[str, object]) -> dict[str, object]:
+    """Fields of query and body together; none may be in both."""
+    for name in sorted(query.keys() & body.keys()):
+        raise wrong(_pointer((name,), query), "The field is given twice, in query and body.")
+    return {**query, **body}
+
+
+def _unknown_fields(unknown: Iterable[str], known: Sequence[str]) -> InvalidRequest:
+    names = sorted(unknown)
+    found = tuple(
+        FieldError(
+            _pointer((name,), {name: None})[:MAX_ECHO], f"There is no such field.{nearest(name[:MAX_ECHO], known)}"
+        )
+        for name in names[:MAX_ERRORS]
+    )
+    detail = " ".join(f"{error.pointer}: {error.detail}" for error in found)
+    return InvalidRequest(f"{detail} The fields are {', '.join(known)}.", errors=found)
+
+
+def _pointer(location: Iterable[int | str], values: object) -> str:
+    """A JSON pointer into `values`. Pydantic's names of union branches are no keys there and fall out."""
+    pointer, here = "", values
+    for step in location:
+        keys: Any = here if isinstance(here, Mapping) else range(len(here)) if isinstance(here, list) else ()
+        if step in keys:
+            here = cast(Any, here)[step]
+            pointer += "/" + str(step).replace("~", "~0").replace("/", "~1")
+    return pointer
+
+
+def _single(name: str, texts: list[str]) -> str:
+    if len(texts) > 1:
+        raise wrong(f"/{name}", "The field is given twice.")
+    return texts[0]
+
+
+def _number(name: str, texts: list[str]) -> object:
+    text = _single(name, texts)
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _object(name: str, texts: list[str]) -> Any:
+    return _json(name, _single(name, texts), "an object, such as {}")
+
+
+def _names(name: str, texts: list[str]) -> Any:
+    if len(texts) == 1 and texts[0].lstrip().startswith("["):
+        return _json(name, texts[0], "an array; or repeat the field")
+    return texts
+
+
+def _classes(name: str, texts: list[str]) -> Any:
+    given = _names(name, texts)
+    return [_class_of(text) for text in texts] if given is texts else given
+
+
+def _class_of(text: str) -> int | str:
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS else text
+
+
+def _json(name: str, text: str, hint: str) -> Any:
+    try:
+        return from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise wrong(f"/{name}", f"The text is no JSON ({error}); it must be {hint}.") from None
+
+
+Reader = Callable[[str, list[str]], object]
+READERS: dict[str, Reader] = {
+    **dict.fromkeys(HeatmapFields.model_fields, _single),
+    "method": _names,
+    "target_classes": _classes,
+    "gen_params": _object,
+    "top_k": _number,
+    "alpha": _number,
+    "timeout_s": _number,
+}

@@ -1,0 +1,132 @@
+"""The endpoints that run a network: heatmaps, and class confidences alone."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request, Response
+
+from service.api import openapi
+from service.api.answers import json_answer, single_answer
+from service.api.disconnect import unless_gone
+from service.api.encodings import read_payload
+from service.api.negotiation import JSON, choose, choose_json
+from service.api.requests import count_heatmaps, heatmap_request, infer_request, targets_of
+from service.api.responses import HeatmapAnswer, InferAnswer
+from service.api.schemas import HeatmapFields, InferFields
+from service.dispatch.dispatcher import Dispatcher, deadline_exceeded
+from service.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    DeadlineExceeded,
+    Draining,
+    InvalidGenParams,
+    InvalidRequest,
+    MalformedBody,
+    ModelFailed,
+    ModelLoading,
+    ModelNotFound,
+    ModelTypeNotSupported,
+    NotAcceptable,
+    NoWorker,
+    OutOfDeviceMemory,
+    QueueFull,
+    ServiceError,
+    TooManyPictures,
+    TooManyPixels,
+    UndecodablePicture,
+    UnknownClass,
+    UnknownLayer,
+    UnknownMethod,
+    UnsupportedMediaType,
+    WorkerLost,
+)
+from service.settings import Settings
+from service.workers.messages import Answer, ExplainRequest
+
+ModelId = Annotated[str, Path(alias="id", description="A model's id, from `GET /models`.")]
+
+INFER_PROBLEMS: tuple[type[ServiceError], ...] = (
+    MalformedBody,
+    ModelNotFound,
+    NotAcceptable,
+    BodyTimeout,
+    BodyTooLarge,
+    TooManyPictures,
+    TooManyPixels,
+    UnsupportedMediaType,
+    InvalidRequest,
+    UndecodablePicture,
+    ModelTypeNotSupported,
+    QueueFull,
+    ServiceError,
+    ModelLoading,
+    ModelFailed,
+    NoWorker,
+    WorkerLost,
+    Draining,
+    DeadlineExceeded,
+    OutOfDeviceMemory,
+)
+HEATMAP_PROBLEMS = (*INFER_PROBLEMS, UnknownMethod, UnknownLayer, UnknownClass, InvalidGenParams)
+
+
+def create_router(dispatcher: Dispatcher, settings: Settings) -> APIRouter:
+    """`POST /models/{id}/heatmap` and `POST /models/{id}/infer`."""
+    router = APIRouter(tags=["inference"])
+
+    async def explain(request: Request, work: ExplainRequest, size_bytes: int, timeout_s: float | None) -> Answer:
+        deadline = timeout_s or settings.timeout_s
+        left = deadline - (time.perf_counter() - request.state.started)
+        if left <= 0:
+            raise deadline_exceeded(deadline)
+        try:
+            answer = await unless_gone(request.receive, dispatcher.explain(work, size_bytes, left))
+        except DeadlineExceeded:
+            raise deadline_exceeded(deadline) from None  # in the client's number, not in what was left of it
+        request.state.timings = answer.timings
+        return answer
+
+    @router.post(
+        "/models/{id}/heatmap",
+        summary="Explain pictures by heatmaps",
+        operation_id="createHeatmaps",
+        response_model=HeatmapAnswer,
+        responses={200: openapi.single_heatmap(), **openapi.problems(*HEATMAP_PROBLEMS)},
+        openapi_extra=openapi.request_body(HeatmapFields),
+    )
+    async def create_heatmaps(model_id: ModelId, request: Request) -> Response:
+        """Class confidences and, per picture, method and target class, one heatmap of what the class was seen in."""
+        dispatcher.model(model_id)
+        payload = await read_payload(request, HeatmapFields, settings)
+        targets = targets_of(payload)
+        choice = choose(_accept(request), payload.fields, count_heatmaps(payload.fields, targets))
+        work = heatmap_request(model_id, payload, targets, choice)
+        answer = await explain(request, work, payload.size_bytes, payload.fields.timeout_s)
+        if choice.media_type != JSON:
+            return single_answer(answer)
+        return json_answer(answer, payload.fields.result_format, request.state.request_id)
+
+    @router.post(
+        "/models/{id}/infer",
+        summary="Classify pictures",
+        operation_id="inferClasses",
+        response_model=InferAnswer,
+        responses=openapi.problems(*INFER_PROBLEMS),
+        openapi_extra=openapi.request_body(InferFields),
+    )
+    async def infer_classes(model_id: ModelId, request: Request) -> Response:
+        """Class confidences of each picture, without heatmaps."""
+        dispatcher.model(model_id)
+        choose_json(_accept(request))
+        payload = await read_payload(request, InferFields, settings)
+        work = infer_request(model_id, payload)
+        answer = await explain(request, work, payload.size_bytes, payload.fields.timeout_s)
+        return json_answer(answer, payload.fields.result_format, request.state.request_id)
+
+    return router
+
+
+def _accept(request: Request) -> str:
+    return ", ".join(request.headers.getlist("accept"))

@@ -1,0 +1,65 @@
+"""What every answer carries, errors included: X-Request-ID and Server-Timing; and the last word on a defect of ours."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.problems import problem
+from service.errors import ServiceError
+from service.workers.messages import Timings
+
+SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+logger = logging.getLogger(__name__)
+
+
+class FrameMiddleware:
+    """Pure ASGI. Leaves `request_id` and `started` (perf_counter) in the scope's state; reads `timings` from it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        state = scope["state"] = {**scope.get("state", {}), "started": time.perf_counter()}
+        state["request_id"] = _request_id(Headers(scope=scope).get("x-request-id", ""))
+        begun = False
+
+        async def framed(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = state["request_id"]
+                headers["Server-Timing"] = server_timing(state.get("timings"), time.perf_counter() - state["started"])
+            await send(message)
+
+        try:
+            await self.app(scope, receive, framed)
+        except ClientDisconnect:
+            logger.info("The client of request %s left.", state["request_id"])
+        except Exception:
+            if begun:  # half an answer cannot be taken back: the server closes the connection
+                raise
+            logger.exception("Request %s to %s met a defect.", state["request_id"], scope["path"])
+            defect = ServiceError("The service met a defect of its own; its log tells more under the request_id.")
+            await problem(scope, defect)(scope, receive, framed)
+
+
+def server_timing(timings: Timings | None, total: float) -> str:
+    """The header's value: the stages that did work, then the total, in milliseconds."""
+    stages = {**(vars(timings) if timings else {}), "total": total}
+    return ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages.items())
+
+
+def _request_id(given: str) -> str:
+    return given if SANE_ID.fullmatch(given) else uuid.uuid4().hex

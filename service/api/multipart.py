@@ -1,0 +1,126 @@
+"""Multipart forms into text fields and picture files, in memory and within limits; what they mean is not said here."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from service.api.fields import MAX_ECHO, wrong
+from service.errors import BodyTooLarge, MalformedBody, TooManyPictures
+
+MAX_FIELDS = 64
+MAX_FIELD_BYTES = 64 * 1024
+PICTURE_PARTS = ("image", "images")
+
+Texts = list[tuple[str, str]]
+
+
+@dataclass
+class _Part:
+    name: str = ""
+    filename: str | None = None
+    chunks: list[bytes] = field(default_factory=list)
+    size: int = 0
+
+
+class _Form:
+    """Collects the parts; its methods are the parser's callbacks, and each of them refuses as early as it can."""
+
+    def __init__(self, max_pictures: int) -> None:
+        self._max_pictures = max_pictures
+        self._header = self._value = self._disposition = b""
+        self.parts: list[_Part] = []
+        self.ended = False
+
+    def on_part_begin(self) -> None:
+        self._disposition = b""
+        self.parts.append(_Part())
+
+    def on_header_begin(self) -> None:
+        self._header = self._value = b""
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def on_header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = self._value
+
+    def on_headers_finished(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        if b"name" not in options:
+            raise MalformedBody("A part of the form has no name in its Content-Disposition.")
+        part = self.parts[-1]
+        part.name = options[b"name"].decode()
+        part.filename = options[b"filename"].decode(errors="replace") if b"filename" in options else None
+        _check_kind(part)
+        files = sum(part.filename is not None for part in self.parts)
+        if files > self._max_pictures:
+            raise too_many_pictures(self._max_pictures)
+        if len(self.parts) - files > MAX_FIELDS:
+            raise BodyTooLarge(f"The form has more than {MAX_FIELDS} fields; write a long list as one JSON array.")
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        part = self.parts[-1]
+        part.chunks.append(data[start:end])
+        part.size += end - start
+        if part.filename is None and part.size > MAX_FIELD_BYTES:
+            raise BodyTooLarge(f"The form field {part.name[:MAX_ECHO]!r} has more than {MAX_FIELD_BYTES} bytes.")
+
+    def on_end(self) -> None:
+        self.ended = True
+
+
+def too_many_pictures(limit: int) -> TooManyPictures:
+    """The error of a request with more pictures than `limit`."""
+    return TooManyPictures(f"One request may bring at most {limit} pictures.")
+
+
+async def read_form(content_type: str, chunks: AsyncIterator[bytes], max_pictures: int) -> tuple[Texts, list[bytes]]:
+    """The text parts, and the contents of the parts `image` and `images`, whose declared types are not trusted."""
+    form = _Form(max_pictures)
+    try:
+        await _parse(form, content_type, chunks)
+        texts = [(part.name, b"".join(part.chunks).decode()) for part in form.parts if part.filename is None]
+    except (FormParserError, UnicodeDecodeError) as error:
+        raise MalformedBody(f"The form cannot be read: {error}.") from None
+    if not form.ended:
+        raise MalformedBody("The form ends before its closing boundary.")
+    # a browser sends an empty file input as an empty part without a filename
+    files = [part for part in form.parts if part.filename or (part.filename is not None and part.size)]
+    return texts, [b"".join(part.chunks) for part in files]
+
+
+async def _parse(form: _Form, content_type: str, chunks: AsyncIterator[bytes]) -> None:
+    _, options = parse_options_header(content_type)
+    if not options.get(b"boundary"):
+        raise MalformedBody("The Content-Type of the form names no boundary.")
+    parser = MultipartParser(
+        options[b"boundary"],
+        {
+            "on_part_begin": form.on_part_begin,
+            "on_header_begin": form.on_header_begin,
+            "on_header_field": form.on_header_field,
+            "on_header_value": form.on_header_value,
+            "on_header_end": form.on_header_end,
+            "on_headers_finished": form.on_headers_finished,
+            "on_part_data": form.on_part_data,
+            "on_end": form.on_end,
+        },
+    )
+    async for chunk in chunks:
+        parser.write(chunk)
+
+
+def _check_kind(part: _Part) -> None:
+    """Pictures are files, and nothing else is one."""
+    if part.name in PICTURE_PARTS and part.filename is None:
+        raise wrong(f"/{part.name}", "A picture is a file part: give the part a filename.")
+    if part.name not in PICTURE_PARTS and part.filename is not None:
+        raise wrong(f"/{part.name[:MAX_ECHO]}", "The part is a file; a file is a picture, in a part image or images.")

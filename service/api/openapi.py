@@ -1,0 +1,116 @@
+"""What OpenAPI tells of the endpoints that read their bodies by hand, and of problems."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic.json_schema import models_json_schema
+
+from service.api.negotiation import SINGLE
+from service.api.problems import MEDIA_TYPE
+from service.api.responses import Problem
+from service.api.schemas import HeatmapFields, InferFields
+from service.errors import ServiceError
+
+Schema = dict[str, Any]
+
+REF = "#/components/schemas/{model}"
+REQUESTS: dict[type[InferFields], str] = {HeatmapFields: "HeatmapRequest", InferFields: "InferRequest"}
+BINARY = {"type": "string", "format": "binary", "contentMediaType": "application/octet-stream"}
+PICTURES = {
+    "type": "array",
+    "items": BINARY,
+    "minItems": 1,
+    "description": "Pictures; JPEG, PNG, WebP, GIF, BMP, TIFF.",
+}
+BASE64_PICTURES = {
+    "type": "array",
+    "items": {"type": "string"},
+    "minItems": 1,
+    "description": "Pictures, each in base64 or as a data URI.",
+}
+SINGLE_HEADERS = {
+    "X-Class-Id": ("integer", "Of a single heatmap: the class it explains."),
+    "X-Class-Name": ("string", "Of a single heatmap: its class's name, percent-encoded UTF-8."),
+    "X-Confidence": ("number", "Of a single heatmap: its class's confidence."),
+}
+
+
+def install(app: FastAPI) -> None:
+    """Add the schemas that routes refer to by name, and that no route of FastAPI's own returns."""
+    generate = app.openapi
+
+    def openapi() -> Schema:
+        document = generate()
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas |= {name: _with_images(kind, name) for kind, name in REQUESTS.items()}
+        schemas |= models_json_schema([(Problem, "serialization")], ref_template=REF)[1]["$defs"]
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema
+
+
+def problems(*kinds: type[ServiceError]) -> dict[int | str, Schema]:
+    """The `responses` of a route that may raise these errors."""
+    titles: dict[int | str, list[str]] = {}
+    for kind in kinds:
+        titles.setdefault(kind.status, []).append(f"{kind.title} (`{kind.code}`)")
+    return {
+        status: {"description": "; ".join(found), "content": {MEDIA_TYPE: {"schema": _ref("Problem")}}}
+        for status, found in sorted(titles.items(), key=lambda item: str(item[0]))
+    }
+
+
+def single_heatmap() -> Schema:
+    """The 200 response's other media types: the single heatmap itself."""
+    return {
+        "description": "The answer, as Accept and `result_format` ask for it.",
+        "content": {media_type: {"schema": BINARY} for media_type in SINGLE},
+        "headers": {
+            name: {"description": description, "schema": {"type": kind}}
+            for name, (kind, description) in SINGLE_HEADERS.items()
+        },
+    }
+
+
+def request_body(kind: type[InferFields]) -> Schema:
+    """The three encodings of a request with these fields, and the fields as query parameters."""
+    properties = kind.model_json_schema()["properties"]
+    return {
+        "parameters": [_query_parameter(name, schema) for name, schema in properties.items()],
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "properties": {"image": BINARY, "images": PICTURES, **properties},
+                        "additionalProperties": False,
+                        "anyOf": [{"required": ["image"]}, {"required": ["images"]}],
+                    }
+                },
+                "application/json": {"schema": _ref(REQUESTS[kind])},
+                "image/*": {"schema": BINARY},
+                "application/octet-stream": {"schema": BINARY},
+            },
+        },
+    }
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": REF.format(model=name)}
+
+
+def _with_images(kind: type[InferFields], name: str) -> Schema:
+    """The schema of a JSON body: the pictures and the fields."""
+    schema = kind.model_json_schema()
+    properties = {"images": BASE64_PICTURES, **schema["properties"]}
+    return {**schema, "title": name, "properties": properties, "required": ["images"]}
+
+
+def _query_parameter(name: str, schema: Schema) -> Schema:
+    parameter = {"name": name, "in": "query", "required": False, "description": schema.get("description", "")}
+    if schema.get("type") == "object":  # an object in a query is written as JSON
+        return {**parameter, "content": {"application/json": {"schema": schema}}}
+    return {**parameter, "schema": schema}

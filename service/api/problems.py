@@ -1,0 +1,94 @@
+"""Every error as `application/problem+json` (RFC 9457), whatever Accept says."""
+
+from __future__ import annotations
+
+import json
+import math
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import quote
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Scope
+
+from service.api.fields import invalid
+from service.errors import BodyTimeout, MethodNotAllowed, PathNotFound, ServiceError, nearest
+
+MEDIA_TYPE = "application/problem+json"
+MAX_PATH = 200
+
+
+def install(app: FastAPI) -> None:
+    """Answer the app's errors as problems. What no handler knows is the middleware's to answer."""
+    app.add_exception_handler(ServiceError, _on_service_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+
+
+def problem(scope: Scope, error: ServiceError) -> Response:
+    """The problem that tells a client of an error."""
+    headers = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if isinstance(error, BodyTimeout):
+        headers["Connection"] = "close"  # the rest of the body may never come
+    response = _response(scope, error.status, error.code, error.title, error.detail, headers)
+    if error.errors:
+        pointed = [{"pointer": place.pointer, "detail": place.detail} for place in error.errors]
+        response = _response(scope, error.status, error.code, error.title, error.detail, headers, errors=pointed)
+    return response
+
+
+def _response(
+    scope: Scope, status: int, code: str, title: str, detail: str, headers: dict[str, str], **more: Any
+) -> Response:
+    document = {
+        "type": f"urn:heatmap-service:problem:{code}",
+        "title": title,
+        "status": status,
+        "detail": detail,
+        "instance": quote(scope["path"], errors="replace"),
+        "code": code,
+        "request_id": scope["state"]["request_id"],
+        **more,
+    }
+    return Response(json.dumps(document).encode(), status, headers, MEDIA_TYPE)
+
+
+async def _on_service_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)
+    return problem(request.scope, error)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    found = [{**finding, "loc": finding["loc"][1:]} for finding in error.errors()]
+    return problem(request.scope, invalid(found, error.body))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """What the router refuses: an unknown path, a wrong verb; anything else keeps its status and phrase."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == PathNotFound.status:
+        return problem(request.scope, _path_not_found(request))
+    headers = dict(error.headers or {})
+    if error.status_code == MethodNotAllowed.status:
+        detail = (
+            f"{request.method} is not for {request.url.path[:MAX_PATH]}; it takes {headers.get('Allow', 'others')}."
+        )
+        response = problem(request.scope, MethodNotAllowed(detail))
+        response.headers.update(headers)
+        return response
+    phrase = HTTPStatus(error.status_code).phrase
+    code = phrase.lower().replace(" ", "_").replace("-", "_")
+    return _response(request.scope, error.status_code, code, phrase, error.detail, headers)
+
+
+def _path_not_found(request: Request) -> PathNotFound:
+    path = request.scope["path"][:MAX_PATH]
+    hint = nearest(path, request.app.openapi()["paths"])
+    return PathNotFound(f"There is no path {path!r}; /openapi.json lists them all.{hint}")

@@ -1,0 +1,170 @@
+"""What answers look like, for OpenAPI and for the GET endpoints; `answers` builds the large ones by hand."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.imaging.render import Format
+from service.workers.messages import State
+
+
+class Wire(BaseModel):
+    """Reads the messages' dataclasses; a key that no one announced is a defect."""
+
+    model_config = ConfigDict(extra="forbid", from_attributes=True)
+
+
+class ScoredClass(Wire):
+    class_id: int
+    class_name: str
+    confidence: float | None = Field(description="The softmax or sigmoid probability; null where it is not finite.")
+
+
+class HeatmapEntry(Wire):
+    method: str
+    class_id: int
+    class_name: str
+    confidence: float | None
+    gen_params: dict[str, Any] = Field(description="The effective parameters, defaults and seed included.")
+    precision: str
+    value_range: tuple[float | None, float | None] = Field(
+        description="Minimum and maximum of the raw map at the layer's resolution."
+    )
+    degenerate: Literal["all_zero", "all_negative", "constant", "not_finite"] | None
+    format: Format
+    media_type: str
+    width: int
+    height: int
+    data: str = Field(description="The picture or array in base64.", json_schema_extra={"contentEncoding": "base64"})
+
+
+class PictureEntry(Wire):
+    index: int
+    width: int
+    height: int
+    classes: list[ScoredClass]
+
+
+class HeatmapPictureEntry(PictureEntry):
+    heatmaps: list[HeatmapEntry] = Field(description="Methods outer, targets inner, in the order asked.")
+
+
+class DLResult(BaseModel):
+    """HALCON's DLResult dictionary, with `heatmap_<method>` dictionaries beside the keys named here."""
+
+    model_config = ConfigDict(extra="allow")
+
+    __pydantic_extra__: dict[str, dict[str, HeatmapEntry]]
+
+    classification_class_ids: list[int]
+    classification_class_names: list[str]
+    classification_confidences: list[float | None]
+
+
+class Envelope(Wire):
+    model_id: str
+    revision: str
+    request_id: str
+
+
+class HeatmapAnswer(Envelope):
+    results: list[HeatmapPictureEntry] | list[DLResult]
+
+
+class InferAnswer(Envelope):
+    results: list[PictureEntry] | list[DLResult]
+
+
+class Model(Wire):
+    id: str
+    revision: str | None
+    state: State
+    reason: str | None = Field(description="Why the model failed.")
+    type: str | None
+    architecture: str | None
+    device: str | None
+    runtime: Literal["cpu", "gpu"] | None
+    precision: str | None
+    input: dict[str, Any] | None = Field(description="The preprocessing, as in the model's specification.")
+    num_classes: int | None
+    default_layer: str | None
+    recommended_layer: str | None
+    compiled_layers: list[str]
+
+
+class ModelList(Wire):
+    models: list[Model]
+
+
+class Layer(Wire):
+    name: str
+    type: str
+    output_shape: list[int]
+    parameters: int
+    target: bool = Field(description="Can it be a target layer? Else `reason` says why not.")
+    reason: str | None
+    default: bool
+    recommended: bool
+    relu: str | None = Field(description="The ReLU that is fused with the layer.")
+
+
+class LayerList(Wire):
+    layers: list[Layer]
+
+
+class ClassLabel(Wire):
+    class_id: int
+    class_name: str
+
+
+class ClassList(Wire):
+    classes: list[ClassLabel]
+
+
+class Method(Wire):
+    name: str
+    family: Literal["cam", "pixel", "perturbation"]
+    channels: int = Field(description="1 or 3.")
+    paper: str
+    description: str
+    cost: str = Field(description="Passes through the network per map.")
+    gen_params: dict[str, Any] = Field(description="JSON Schema of the parameters.")
+
+
+class MethodList(Wire):
+    methods: list[Method]
+
+
+class Alive(Wire):
+    status: Literal["alive"] = "alive"
+
+
+class Ready(Wire):
+    status: Literal["ready"] = "ready"
+    failed_models: dict[str, str | None] = Field(description="Models that could not be loaded, and why.")
+
+
+class NotReady(Wire):
+    status: Literal["not_ready"] = "not_ready"
+    reasons: list[str]
+    failed_models: dict[str, str | None]
+
+
+class ProblemPlace(Wire):
+    pointer: str = Field(description="JSON pointer (RFC 6901) into the fields of the request.")
+    detail: str
+
+
+class Problem(Wire):
+    """RFC 9457."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    code: str = Field(description="Stable name of the problem.")
+    request_id: str
+    errors: list[ProblemPlace] = Field([], description="Where the input is to blame.")

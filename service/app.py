@@ -1,0 +1,97 @@
+"""The composition root: wires settings, workers, queue and HTTP together and runs them; nothing else knows them all."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from service import __version__
+from service.api import mount
+from service.dispatch.dispatcher import Dispatcher
+from service.models.repository import scan
+from service.settings import Settings
+from service.workers.devices import resolve
+from service.workers.pool import Pool
+
+logger = logging.getLogger(__name__)
+
+CLOSE_S = 5
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application; its workers start and stop with its lifespan. Raises SettingsError for a bad repository."""
+    pool = Pool(settings, scan(settings.models))
+    dispatcher = Dispatcher(settings, pool)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await pool.start(await asyncio.to_thread(resolve, settings.device), dispatcher)
+        try:
+            yield
+        finally:
+            await pool.stop(CLOSE_S)
+
+    app = FastAPI(
+        title="Heatmap Service",
+        version=__version__,
+        summary="Class confidences and heatmaps of image classifiers",
+        lifespan=lifespan,
+    )
+    app.state.dispatcher = dispatcher
+    mount(app, dispatcher, settings)
+    return app
+
+
+class Server(uvicorn.Server):
+    """Leaves in named steps: the first signal refuses new work and drains, then closes; the second closes at once."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_level=settings.log_level,
+            timeout_graceful_shutdown=CLOSE_S,
+        )
+        super().__init__(config)
+        self._dispatcher: Dispatcher = app.state.dispatcher
+        self._grace_s = settings.grace_s
+        self._background: list[asyncio.Future[None]] = []
+        self._draining = False
+
+    async def main_loop(self) -> None:
+        """Serve until it is time to close."""
+        self._loop = asyncio.get_running_loop()
+        self._background.append(asyncio.ensure_future(self._announce()))
+        await super().main_loop()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """SIGTERM and SIGINT. The signal is not raised again after a drain: the server leaves with status 0."""
+        if self._draining or not self.started:
+            super().handle_exit(sig, frame)
+            return
+        self._draining = True
+        self._loop.call_soon_threadsafe(lambda: self._background.append(asyncio.ensure_future(self._drain())))
+
+    async def _announce(self) -> None:
+        await self._dispatcher.first_ready()
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        host = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host  # noqa: S104
+        model = next((info.id for info in self._dispatcher.models().values() if info.state == "ready"), "<id>")
+        logger.info(
+            "Ready. Try:\n\n  curl -H 'Accept: image/png' -F image=@tests/data/chelsea.png "
+            "http://%s:%d/models/%s/heatmap -o heatmap.png\n",
+            host,
+            port,
+            model,
+        )
+
+    async def _drain(self) -> None:
+        await self._dispatcher.drain(self._grace_s)
+        self.should_exit = True

@@ -1,0 +1,131 @@
+"""From a picture file's hostile bytes to an upright RGB image; resizing to the network's input is geometry's work."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import warnings
+
+import numpy as np
+from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL.ExifTags import Base
+
+from service.errors import TooManyPixels, UndecodablePicture
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+# Pillow's own limit is global and warns below its error; ours is checked for each picture before decoding.
+Image.MAX_IMAGE_PIXELS = None
+# What Pillow finds odd in a client's file is no news to the server's log.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_URL = re.compile(r"\s*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_WHITESPACE = b" \t\r\n\f\v"
+
+
+def decode(data: bytes, max_pixels: int) -> Image.Image:
+    """The first frame of a JPEG, PNG, WebP, GIF, BMP or TIFF file as an upright 8-bit RGB image, alpha over white.
+
+    Raises TooManyPixels where the header declares more than `max_pixels`, before a pixel is decoded, and
+    UndecodablePicture for anything else that cannot be read to its end.
+    """
+    image = _open(data)
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        raise TooManyPixels(
+            f"The picture has {image.width} x {image.height} = {pixels} pixels; the limit is {max_pixels}."
+        )
+    try:
+        image.load()
+        rgb = _to_rgb(image)
+    except UndecodablePicture:
+        raise
+    except Exception as error:
+        raise UndecodablePicture(f"The {image.format} file is damaged or cut short: {error}.") from error
+    orientation = _UPRIGHT.get(_orientation(image))
+    return rgb if orientation is None else rgb.transpose(orientation)
+
+
+def decode_base64(text: str) -> bytes:
+    """The bytes behind base64 (standard alphabet, whitespace allowed) or a `data:...;base64,` URI.
+
+    Raises UndecodablePicture that says what would be right.
+    """
+    if _URL.match(text):
+        raise UndecodablePicture("Pictures are not fetched by URL; send the file's bytes in base64 or as a data: URI.")
+    if text[:5].lower() == "data:":
+        head, comma, text = text.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise UndecodablePicture("A data: URI of a picture must be data:image/...;base64, followed by base64.")
+    try:
+        return base64.b64decode(text.encode("ascii").translate(None, _WHITESPACE), validate=True)
+    except (UnicodeEncodeError, binascii.Error) as error:
+        raise UndecodablePicture(
+            "The text is no base64: it must be the picture file's bytes in the standard alphabet (A-Z a-z 0-9 + /) "
+            "with = padding, or a data:image/...;base64, URI."
+        ) from error
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise UndecodablePicture("The picture is empty: 0 bytes.")
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise UndecodablePicture(
+            "The bytes are no JPEG, PNG, WebP, GIF, BMP or TIFF file, or its header is damaged."
+        ) from error
+    except Exception as error:
+        raise UndecodablePicture(f"The picture's header is damaged: {error}.") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 where a damaged block hides it. Of a TIFF it is 1: Pillow has turned it while loading."""
+    try:
+        return int(image.getexif().get(Base.Orientation, 1))
+    except Exception:
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise UndecodablePicture("The picture has floating-point pixels; send 8-bit or 16-bit ones.")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _from_16_bit(image)
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(image)
+    if image.has_transparency_data:
+        return _over_white(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """Gray 0..65535 as 0..255, rounded; the one gray that a PNG may declare transparent as white."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise UndecodablePicture("The picture has gray values outside 0..65535; send 8-bit or 16-bit ones.")
+    gray = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if "transparency" in image.info:
+        gray[values == image.info["transparency"]] = 255
+    return Image.fromarray(gray).convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode == "La":
+        image = image.convert("LA")
+    rgba = image.convert("RGBA")
+    white = Image.new("RGB", rgba.size, "white")
+    white.paste(rgba, mask=rgba.getchannel("A"))
+    return white

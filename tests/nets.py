@@ -1,0 +1,223 @@
+"""Networks and helpers that the tests of the engine share. What takes seconds to capture is made once per run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torchvision.models
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from service.imaging.geometry import Fit
+from service.models.layers import LayerTable
+from service.models.program import Program, capture
+from service.models.resident import Model
+from service.models.spec import InputSpec, ModelSpec, OutputSpec
+from service.workers.compute import Device, Explained
+from service.workers.messages import ExplainRequest
+from service.workers.plan import make_plan
+
+CPU = torch.device("cpu")
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+RAW = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
+"""With these the network sees the picture's own levels, 0 to 255, so that numbers can be worked out by hand."""
+
+
+def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """A network in eval mode with reproducible weights and a head that is not zero: its last linear is normal(0.02)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = build()
+        head = [part for part in module.modules() if isinstance(part, nn.Linear)][-1]
+        nn.init.normal_(head.weight, std=0.02)
+        return module.eval().requires_grad_(False)
+
+
+def peer_copy(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A copy as peers want it: with gradients of its parameters and without in-place activation functions."""
+    twin = copy.deepcopy(module).to(dtype).requires_grad_(True)
+    for part in twin.modules():
+        if hasattr(part, "inplace"):
+            part.inplace = False
+    return twin
+
+
+def images(count: int, size: int | tuple[int, int], seed: int = 0) -> Tensor:
+    """Normal noise, (N,3,H,W)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def pictures(count: int, size: int | tuple[int, int], seed: int = 0) -> NDArray[np.uint8]:
+    """Fitted pictures of smooth noise, uint8 (N,H,W,3)."""
+    coarse = torch.rand(count, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+    fine: Tensor = F.interpolate(coarse, size=size, mode="bicubic").clamp(0, 1)
+    pixels: NDArray[np.uint8] = (255 * fine).to(torch.uint8).movedim(1, 3).numpy()
+    return pixels
+
+
+def program_of(module: nn.Module, size: int | tuple[int, int], activation: str = "logits") -> Program:
+    height, width = (size, size) if isinstance(size, int) else size
+    return Program(capture(module, torch.zeros(2, 3, height, width)), activation)
+
+
+def model_of(
+    program: Program,
+    labels: tuple[str, ...] | None = None,
+    activation: str = "logits",
+    values: Mapping[str, tuple[float, float, float]] = RAW,
+) -> Model:
+    """A resident model around a program, without a folder."""
+    height, width = program.images.meta["val"].shape[2:]
+    spec = ModelSpec(
+        architecture="python:tests:net",
+        weights="random:0",
+        input=InputSpec.model_validate({"size": (height, width), **values}),
+        output=OutputSpec.model_validate({"activation": activation}),
+    )
+    names = labels or tuple(f"class {number}" for number in range(program.num_classes))
+    fit = Fit(spec.input.size, spec.input.fit, spec.input.resize, spec.input.interpolation, spec.input.mean)
+    return Model("net", spec, "sha256:0", names, program, LayerTable(program), CPU, fit)
+
+
+def request(count: int = 1, *classes: tuple[int | str, ...], **fields: Any) -> ExplainRequest:
+    """A request for `count` pictures; without `classes` each one's top class is explained."""
+    return ExplainRequest("net", (b"",) * count, classes or ((),) * count, **fields)
+
+
+def explain(
+    model: Model, asked: ExplainRequest, fitted: NDArray[np.uint8], max_batch: int = 8, streams: int = 1
+) -> list[Explained]:
+    """What plan and compute make of a request, on a device of its own."""
+    with closing(Device("cpu", streams)) as device:
+        return device.run(model, make_plan(asked, model), fitted, lambda: None, max_batch)
+
+
+def close_to(ours: Tensor | NDArray[Any], oracle: Tensor | NDArray[Any]) -> float:
+    """The largest difference, relative to the largest absolute value of the oracle, which must not be zero."""
+    ours, oracle = torch.as_tensor(ours).double(), torch.as_tensor(oracle).double()
+    assert ours.shape == oracle.shape, (ours.shape, oracle.shape)
+    largest = oracle.abs().max()
+    assert largest > 0, "the oracle is all zero: it proves nothing"
+    return float((ours - oracle).abs().max() / largest)
+
+
+class Varied(nn.Module):
+    """Convolutions whose gradients differ from place to place: no pooling before the linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.second = nn.Conv2d(6, 5, 3, stride=2, padding=1)
+        self.third = nn.Conv2d(5, 4, 3, padding=1)
+        self.head = nn.Linear(4 * 36, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        x = F.relu(self.second(x))
+        return self.head(F.relu(self.third(x)).flatten(1))
+
+
+class Residual(nn.Module):
+    """In-place ReLUs, one module called twice, a batch norm behind a convolution, dropout, and a shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.last = nn.Conv2d(8, 8, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(8 * 36, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem(x))
+        x = self.relu(self.norm(self.conv(x)) + x)
+        x = self.drop(x)
+        return self.head(self.relu(self.last(x)).flatten(1))
+
+
+class Dense(nn.Module):
+    """Densely connected: the outputs of all convolutions are concatenated, with functional ReLUs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.third = nn.Conv2d(8, 4, 3, padding=1)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(self.first(x))
+        b = F.relu(self.second(a))
+        c = F.relu(self.third(torch.cat([a, b], 1)), inplace=True)
+        return self.head(torch.cat([a, b, c], 1).amax(dim=(2, 3)))
+
+
+class Sizes(nn.Module):
+    """Reads the sizes of inner values, which no cut may carry across."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4 * 36, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.first(x).relu()
+        b = self.second(a)
+        b = b.reshape(a.shape[0], b.shape[1], -1).view(b.size(0), *a.shape[1:])
+        return self.head((a + b).relu_().reshape(b.shape[0], -1))
+
+
+@cache
+def varied() -> Program:
+    return program_of(seeded(Varied), 12)
+
+
+@cache
+def residual() -> Program:
+    return program_of(seeded(Residual), 12)
+
+
+SMALL = 96
+"""Height and width of what the deep networks below see."""
+
+
+@cache
+def deep(name: str) -> tuple[nn.Module, Program]:
+    """A torchvision network with seeded weights, and its program for pictures of 96 x 96."""
+    keywords = {"image_size": SMALL} if name.startswith("vit") else {}
+    module = seeded(lambda: getattr(torchvision.models, name)(weights=None, **keywords))
+    return module, program_of(module, SMALL)
+
+
+@cache
+def from_timm(name: str, size: tuple[int, int], resized: bool = False) -> tuple[nn.Module, Program]:
+    """A timm network with seeded weights; `resized` ones are built for the size of their pictures."""
+    keywords = {"img_size": size} if resized else {}
+    module = seeded(lambda: timm.create_model(name, **keywords))
+    return module, program_of(module, size)
+
+
+@cache
+def table(program: Program) -> LayerTable:
+    return LayerTable(program)
+
+
+def capture_to(folder: Path, module: nn.Module, size: int) -> tuple[Program, Program]:
+    """The program of a module as captured, and as read back from its file."""
+    example = torch.zeros(2, 3, size, size)
+    file = folder / "net.pt2"
+    first = Program(capture(module, example, file))
+    return first, Program(capture(nn.Identity(), example, file))

@@ -1,0 +1,93 @@
+"""The real server as a process of its own, for tests that speak HTTP to it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+
+START_S = 120.0
+
+
+class Server:
+    """A running `heatmap-service serve` on a free port."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path, url: str) -> None:
+        self.process = process
+        self.log = log
+        self.url = url
+
+    def client(self, timeout: float = 60.0) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=timeout)
+
+    def wait_ready(self, timeout_s: float = START_S) -> None:
+        with self.client() as client:
+            wait_until(lambda: client.get("/readyz").status_code == 200, timeout_s, self)
+
+    def workers(self) -> list[psutil.Process]:
+        """The worker processes, without multiprocessing's resource tracker."""
+        return [child for child in psutil.Process(self.process.pid).children() if is_worker(child)]
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def wait_exit(self, timeout_s: float) -> int:
+        return self.process.wait(timeout_s)
+
+
+def is_worker(process: psutil.Process) -> bool:
+    """Whether this is a living worker process."""
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except psutil.Error:  # it is gone, or a zombie
+        return False
+
+
+def wait_until(condition: object, timeout_s: float, server: Server | None = None) -> None:
+    """Poll until `condition()` holds; fail with the server's log when it does not in time."""
+    assert callable(condition)
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"not so within {timeout_s} s\n{server.log.read_text() if server else ''}")
+
+
+@contextlib.contextmanager
+def running(folder: Path, *options: str, ready: bool = True, **environment: str) -> Iterator[Server]:
+    """A server with the given options of `serve`; its log goes to `folder`. Killed in the end if it still runs."""
+    log = folder / "server.log"
+    command = [sys.executable, "-m", "service", "serve", "--port", "0", "--device", "cpu", *options]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment}
+        )
+    server = Server(process, log, "")
+    try:
+        wait_until(lambda: "Uvicorn running on" in log.read_text() or process.poll() is not None, START_S, server)
+        match = re.search(r"running on (http://\S+)", log.read_text())
+        assert match, log.read_text()
+        server.url = match[1]
+        if ready:
+            server.wait_ready()
+        yield server
+    finally:
+        family = server.family() if process.poll() is None else []
+        process.kill()
+        process.wait()
+        for child in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
