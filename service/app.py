@@ -10,6 +10,7 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from service import __version__
 from service.api import mount
@@ -22,6 +23,7 @@ from service.workers.pool import Pool
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 5
+EXPOSED_HEADERS = ("X-Class-Id", "X-Class-Name", "X-Confidence", "X-Request-ID", "Server-Timing", "Retry-After")
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -45,6 +47,14 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.dispatcher = dispatcher
     mount(app, dispatcher, settings)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
     return app
 
 

@@ -41,7 +41,7 @@ fit = "stretch"
 
 def write_tiny(folder: Path, spec: str = TINY_SPEC, labels: str = "ant\nbee\ncat\ndog\ncat\n") -> None:
     """A model of five classes with spatially varying gradients; two of them bear the name 'cat'."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "net.py").write_text(TINY_CODE)
     (folder / "model.toml").write_text(spec)
     (folder / "labels.txt").write_text(labels)

@@ -111,6 +111,50 @@ def close_to(ours: Tensor | NDArray[Any], oracle: Tensor | NDArray[Any]) -> floa
     return float((ours - oracle).abs().max() / largest)
 
 
+class Hand(nn.Module):
+    """Numbers to work out by hand: channel 0 sees red, channel 1 green minus blue, and each place has its own weight.
+
+    On `hand_picture()` the convolution gives [[1, 2], [3, 4]] and [[-2, 2], [2, -2]]. The logits after a ReLU are 9 and
+    6. With `norm` channel 0 is doubled and channel 1 lessened by 1.
+    """
+
+    def __init__(self, activation: nn.Module | None = None, norm: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1, bias=False)
+        self.norm = nn.BatchNorm2d(2, eps=0.0) if norm else nn.Identity()
+        self.act = activation or nn.Identity()
+        self.head = nn.Linear(8, 2, bias=False)
+        with torch.no_grad():
+            self.conv.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1, -1]])[..., None, None])
+            self.head.weight[0] = torch.tensor([1.0, 0, 0, 1, -20, 3, -1, 4])
+            self.head.weight[1] = torch.tensor([-1.0, -1, -1, -1, 0, 8, 0, 0])
+            if isinstance(self.norm, nn.BatchNorm2d):
+                self.norm.load_state_dict(
+                    {
+                        "weight": torch.tensor([2.0, 2]),
+                        "bias": torch.tensor([0.0, 1]),
+                        "running_mean": torch.tensor([0.0, 2]),
+                        "running_var": torch.tensor([1.0, 4]),
+                        "num_batches_tracked": torch.tensor(1),
+                    }
+                )
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.act(self.norm(self.conv(x))).flatten(1))
+        return scores
+
+
+def hand(activation: nn.Module | None = None, norm: bool = False) -> Model:
+    """The model around `Hand`, for pictures of 2 x 2."""
+    return model_of(program_of(Hand(activation, norm).eval().requires_grad_(False), 2))
+
+
+def hand_picture(last_red: int = 4) -> NDArray[np.uint8]:
+    """One picture of 2 x 2, (1,2,2,3)."""
+    red, green, blue = [[1, 2], [3, last_red]], [[0, 2], [2, 0]], [[2, 0], [0, 2]]
+    return np.stack([red, green, blue], axis=-1).astype(np.uint8)[None]
+
+
 class Varied(nn.Module):
     """Convolutions whose gradients differ from place to place: no pooling before the linear."""
 
@@ -124,7 +168,8 @@ class Varied(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.first(x))
         x = F.relu(self.second(x))
-        return self.head(F.relu(self.third(x)).flatten(1))
+        scores: Tensor = self.head(F.relu(self.third(x)).flatten(1))
+        return scores
 
 
 class Residual(nn.Module):
@@ -144,7 +189,8 @@ class Residual(nn.Module):
         x = self.relu(self.stem(x))
         x = self.relu(self.norm(self.conv(x)) + x)
         x = self.drop(x)
-        return self.head(self.relu(self.last(x)).flatten(1))
+        scores: Tensor = self.head(self.relu(self.last(x)).flatten(1))
+        return scores
 
 
 class Dense(nn.Module):
@@ -161,7 +207,8 @@ class Dense(nn.Module):
         a = F.relu(self.first(x))
         b = F.relu(self.second(a))
         c = F.relu(self.third(torch.cat([a, b], 1)), inplace=True)
-        return self.head(torch.cat([a, b, c], 1).amax(dim=(2, 3)))
+        scores: Tensor = self.head(torch.cat([a, b, c], 1).amax(dim=(2, 3)))
+        return scores
 
 
 class Sizes(nn.Module):
@@ -177,7 +224,8 @@ class Sizes(nn.Module):
         a = self.first(x).relu()
         b = self.second(a)
         b = b.reshape(a.shape[0], b.shape[1], -1).view(b.size(0), *a.shape[1:])
-        return self.head((a + b).relu_().reshape(b.shape[0], -1))
+        scores: Tensor = self.head((a + b).relu_().reshape(b.shape[0], -1))
+        return scores
 
 
 @cache

@@ -26,11 +26,11 @@ class ChunkedResponse(Response):
 
     def __init__(self, chunks: list[bytes], media_type: str) -> None:
         super().__init__(media_type=media_type, headers={"content-length": str(sum(map(len, chunks)))})
-        self._chunks = chunks
+        self.chunks = chunks
 
     async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for chunk in self._chunks:
+        for chunk in self.chunks:
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

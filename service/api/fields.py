@@ -35,7 +35,7 @@ def invalid(problems: Sequence[Mapping[str, Any]], values: object) -> InvalidReq
 
 def validate(kind: type[Fields], values: Mapping[str, object], beside: tuple[str, ...] = ()) -> Fields:
     """Check values of JSON types strictly. `beside` are the names that the encoding takes besides the fields."""
-    if unknown := values.keys() - kind.model_fields.keys():
+    if unknown := [name for name in values if name not in kind.model_fields]:
         raise _unknown_fields(unknown, (*kind.model_fields, *beside))
     try:
         return kind.model_validate(dict(values), strict=True)
@@ -62,13 +62,12 @@ def merge(query: Mapping[str, object], body: Mapping[str, object]) -> dict[str, 
     return {**query, **body}
 
 
-def _unknown_fields(unknown: Iterable[str], known: Sequence[str]) -> InvalidRequest:
-    names = sorted(unknown)
+def _unknown_fields(unknown: Sequence[str], known: Sequence[str]) -> InvalidRequest:
     found = tuple(
         FieldError(
             _pointer((name,), {name: None})[:MAX_ECHO], f"There is no such field.{nearest(name[:MAX_ECHO], known)}"
         )
-        for name in names[:MAX_ERRORS]
+        for name in unknown[:MAX_ERRORS]
     )
     detail = " ".join(f"{error.pointer}: {error.detail}" for error in found)
     return InvalidRequest(f"{detail} The fields are {', '.join(known)}.", errors=found)

@@ -43,7 +43,8 @@ def install(app: FastAPI) -> None:
 
     def openapi() -> Schema:
         document = generate()
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        _drop_fastapis_422(document)
+        schemas = document["components"]["schemas"]
         schemas |= {name: _with_images(kind, name) for kind, name in REQUESTS.items()}
         schemas |= models_json_schema([(Problem, "serialization")], ref_template=REF)[1]["$defs"]
         return document
@@ -96,6 +97,16 @@ def request_body(kind: type[InferFields]) -> Schema:
             },
         },
     }
+
+
+def _drop_fastapis_422(document: Schema) -> None:
+    """FastAPI assumes an error of its own for every route with parameters; here texts are never refused by it."""
+    for path in document["paths"].values():
+        for operation in path.values():
+            if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                del operation["responses"]["422"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
 
 
 def _ref(name: str) -> Schema:

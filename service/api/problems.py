@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote
@@ -84,7 +85,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         response.headers.update(headers)
         return response
     phrase = HTTPStatus(error.status_code).phrase
-    code = phrase.lower().replace(" ", "_").replace("-", "_")
+    code = re.sub(r"\W+", "_", phrase.lower())
     return _response(request.scope, error.status_code, code, phrase, error.detail, headers)
 
 

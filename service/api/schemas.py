@@ -26,7 +26,8 @@ from service.workers.messages import ClassRef
 
 MAX_ID = 2**31 - 1
 MAX_NAME = 512
-MAX_TARGETS = 1024
+MAX_TARGETS = 4096
+MAX_PARAMS = 10_000
 MAX_METHODS = 64
 
 CLASS_SCHEMA = {
@@ -72,20 +73,30 @@ def _known_colormap(name: str) -> str:
     return name
 
 
-def _finite(value: object) -> object:
-    """JSON has no infinity, but 1e999 reads as one."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise PydanticCustomError("finite", "Every number must be finite")
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _finite(item)
+def _bounded(value: object) -> object:
+    if isinstance(value, list) and sum(len(i) if isinstance(i, list) else 1 for i in value) > MAX_TARGETS:
+        raise PydanticCustomError("too_many", f"One request may name at most {MAX_TARGETS} target classes")
     return value
 
 
+def _finite(params: dict[str, object]) -> dict[str, object]:
+    """JSON has no infinity, but 1e999 reads as one."""
+    values: list[object] = [params]
+    for value in values:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise PydanticCustomError("finite", "Every number must be finite")
+        if isinstance(value, dict | list):
+            values += value.values() if isinstance(value, dict) else value
+        if len(values) > MAX_PARAMS:
+            raise PydanticCustomError("too_many", f"There may be at most {MAX_PARAMS} values")
+    return params
+
+
 WireClass = Annotated[ClassRef, PlainValidator(_class_ref), WithJsonSchema(CLASS_SCHEMA)]
-FlatTargets = Annotated[list[WireClass], Field(max_length=MAX_TARGETS)]
 Targets = Annotated[
-    Annotated[FlatTargets, Tag("flat")] | Annotated[list[FlatTargets], Tag("nested")],
+    Annotated[list[WireClass], Tag("flat")] | Annotated[list[list[WireClass]], Tag("nested")],
     Discriminator(_shape),
+    BeforeValidator(_bounded),
     WithJsonSchema({"anyOf": [FLAT_SCHEMA, {"type": "array", "items": FLAT_SCHEMA}]}),
 ]
 Methods = Annotated[

@@ -10,6 +10,8 @@ import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from tqdm import tqdm
+
 from service.explain import REGISTRY, Method
 from service.models.repository import scan
 from service.settings import Settings
@@ -20,10 +22,11 @@ from service.workers.messages import Cancel, Hello, Job, MethodInfo, ModelChange
 
 
 def main(connection: Connection, device: str, settings: Settings, folder: Path) -> None:
-    """Serve until told to stop, or until the parent is gone. Does not return: it ends the process."""
+    """Serve until told to stop, or until the parent is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to the whole group; the parent decides
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=settings.log_level.upper(), format=f"%(levelname)s:     [{device}] %(message)s")
+    tqdm.set_lock(threading.RLock())  # its own would be a semaphore of the system, lost when the process is killed
     lock = threading.Lock()
 
     def send(message: ToParent) -> None:
@@ -37,7 +40,8 @@ def main(connection: Connection, device: str, settings: Settings, folder: Path) 
         for entry in scan(settings.models):
             send(ModelChanged(load_into(engine, entry, folder)))
 
-    threading.Thread(target=load_all, name="load", daemon=True).start()
+    loading = threading.Thread(target=load_all, name="load", daemon=True)
+    loading.start()
     with contextlib.suppress(EOFError, OSError):
         while not isinstance(message := connection.recv(), Stop):
             match message:
@@ -46,8 +50,9 @@ def main(connection: Connection, device: str, settings: Settings, folder: Path) 
                 case Cancel(id=job_id):
                     engine.cancel(job_id)
         engine.close()
-    # A model may still be loading: an ordinary exit would wait for it, or tear torch down under it.
-    logging.shutdown()
+        if not loading.is_alive():
+            return
+    # The parent is gone, or a model is loading: an ordinary exit would wait for jobs, or tear torch down under it.
     os._exit(0)
 
 

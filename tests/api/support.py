@@ -125,13 +125,13 @@ class Api:
     def post(self, url: str = "/models/resnet/heatmap", **options: Any) -> httpx.Response:
         return ask(self.app, "POST", url, **options)
 
-    def raw(self, query: str = "", content: bytes = b"picture", **headers: str) -> httpx.Response:
+    def raw(self, query: str = "", content: Any = b"picture", **headers: Any) -> httpx.Response:
         """The picture as the body, fields in the query."""
         return self.post(
             f"/models/resnet/heatmap?{query}", content=content, headers={"content-type": "image/png", **headers}
         )
 
-    def json(self, url: str = "/models/resnet/heatmap", **fields: Any) -> httpx.Response:
+    def json(self, url: Any = "/models/resnet/heatmap", **fields: Any) -> httpx.Response:
         body = json.dumps({"images": ["cGljdHVyZQ=="], **fields})
         return self.post(url, content=body, headers={"content-type": "application/json"})
 

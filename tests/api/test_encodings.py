@@ -120,6 +120,7 @@ def test_json_that_is_no_object_is_422(api: Api, body: str) -> None:
 
 
 BOUNDARY = {"content-type": "multipart/form-data; boundary=x"}
+NO_FILE = b'--x\r\nContent-Disposition: form-data; name="image"; filename=""\r\n\r\n\r\n--x--\r\n'
 PART = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nabc\r\n'
 
 
@@ -132,17 +133,13 @@ PART = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r
         (BOUNDARY, PART + b"--x"),
         (BOUNDARY, b"--x\r\nContent-Disposition: form-data\r\n\r\nabc\r\n--x--\r\n"),
         ({"content-type": "multipart/form-data"}, PART + b"--x--"),
-        (
-            {"content-type": "multipart/form-data; boundary=x; charset=idna"},
-            PART.replace(b'"a"', b'"..\xff"') + b"--x--",
-        ),
+        ({"content-type": "multipart/form-data; boundary="}, PART + b"--x--"),
+        (BOUNDARY, PART.replace(b'"image"', b'"\xff"') + b"--x--"),
+        (BOUNDARY, PART + b'--x\r\nContent-Disposition: form-data; name="method"\r\n\r\n\xff\r\n--x--'),
     ],
 )
 def test_malformed_multipart_is_400(api: Api, headers: dict[str, str], body: bytes) -> None:
-    response = api.post(content=body, headers=headers)
-    if response.status_code != 200:
-        check_problem(response, 400, "malformed_body")
-    assert response.status_code == 400 or b"idna" in headers["content-type"].encode()
+    check_problem(api.post(content=body, headers=headers), 400, "malformed_body")
 
 
 def test_unknown_fields_name_the_nearest(api: Api) -> None:
@@ -181,13 +178,15 @@ def test_a_field_may_come_once(api: Api) -> None:
         ({"method": []}, "/method"),
         ({"method": ["a", "a"]}, "/method"),
         ({"method": ["a", 1]}, "/method/1"),
-        ({"method": ""}, "/method/0"),
+        ({"method": [""]}, "/method/0"),
         ({"target_classes": "cat"}, "/target_classes"),
         ({"target_classes": [1, True]}, "/target_classes/1"),
         ({"target_classes": [[1, -1]]}, "/target_classes/0/1"),
         ({"target_classes": [[1], 2]}, "/target_classes/1"),
         ({"target_classes": [[1], [2]]}, "/target_classes"),
+        ({"target_classes": [[1] * 2000] * 3}, "/target_classes"),
         ({"gen_params": []}, "/gen_params"),
+        ({"gen_params": {"a": [[0] * 5000] * 3}}, "/gen_params"),
         ({"format": "pdf"}, "/format"),
         ({"encoding": "gif"}, "/encoding"),
         ({"size": "huge"}, "/size"),
@@ -196,11 +195,7 @@ def test_a_field_may_come_once(api: Api) -> None:
     ],
 )
 def test_wrong_values_are_422_and_pointed_at(api: Api, fields: dict[str, Any], pointer: str) -> None:
-    found = pointers(check_problem(api.json(**fields), 422, "invalid_request"))
-    if pointer == "/method/0":
-        assert found == ["/method"]
-    else:
-        assert found == [pointer]
+    assert pointers(check_problem(api.json(**fields), 422, "invalid_request")) == [pointer]
 
 
 def test_infinity_by_the_back_door_is_422(api: Api) -> None:
@@ -228,7 +223,12 @@ def test_lists_per_picture_must_suit_the_pictures(api: Api) -> None:
 
 
 def test_a_request_without_a_picture_says_so(api: Api) -> None:
-    for response in (api.raw(content=b""), api.post(), form(api, text("top_k", "1")), form(api, ("image", ("", b"")))):
+    for response in (
+        api.raw(content=b""),
+        api.post(),
+        form(api, text("top_k", "1")),
+        api.post(content=NO_FILE, headers=BOUNDARY),
+    ):
         assert "no picture" in check_problem(response, 422, "invalid_request")["detail"]
 
 

@@ -13,24 +13,35 @@ import httpx
 import psutil
 import pytest
 
+from tests.conftest import write_tiny
 from tests.server import Server, running, wait_until
 
-RECOVERY_S = 10.0
+RECOVERY_S = 30.0  # the target is 10 s; the machines that run tests are shared
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of the embedded model whose workers may be killed."""
+    with running(tmp_path_factory.mktemp("victim")) as server:
+        yield server
 
 
 @pytest.fixture
-def victim(repository: Path, tmp_path: Path) -> Iterator[Server]:
-    with running(tmp_path, "--models", str(repository)) as server:
+def mortal(tmp_path: Path) -> Iterator[Server]:
+    """A server that a test may bring to its end."""
+    write_tiny(tmp_path / "models" / "tiny")
+    with running(tmp_path, "--models", str(tmp_path / "models")) as server:
         yield server
 
 
 def explain_slowly(server: Server, picture: bytes) -> httpx.Response:
-    """A request of some seconds: eight pictures, many classes, through the real network's input."""
+    """A request of some seconds: many pictures, several maps of each, in the picture's own size."""
     with server.client() as client:
+        model = client.get("/models").json()["models"][0]["id"]
         return client.post(
-            "/models/efficientnet_lite0/heatmap",
-            files=[("images", picture)] * 8,
-            data={"method": "guided_grad_cam", "target_classes": [str(number) for number in range(8)], "size": "model"},
+            f"/models/{model}/heatmap",
+            files=[("images", picture)] * 32,
+            data={"method": "guided_grad_cam", "target_classes": ["0", "1", "2"]},
         )
 
 
@@ -70,8 +81,8 @@ def test_a_killed_worker_costs_no_accepted_request(victim: Server, chelsea: byte
         stop.set()
         watching.result()
     assert response.status_code == 200, response.text
-    assert len(response.json()["results"]) == 8
-    assert recovered < 10 * RECOVERY_S  # a bound that a loaded machine keeps; the figure is for the benchmark
+    assert len(response.json()["results"]) == 32
+    assert recovered < RECOVERY_S
     assert 503 in seen
     assert seen[0] == seen[-1] == 200
     assert [process.pid for process in victim.workers()] != [worker.pid]
@@ -98,39 +109,39 @@ def test_without_a_worker_new_requests_get_a_typed_503_and_probes_answer(victim:
         (worker,) = victim.workers()
         worker.kill()
         wait_until(lambda: client.get("/readyz").status_code == 503, 10, victim)
-        refused = client.post("/models/tiny/heatmap", files={"image": chelsea})
+        refused = client.post("/models/efficientnet_lite0/heatmap", files={"image": chelsea})
         assert (refused.status_code, refused.json()["code"]) == (503, "no_worker")
         assert "Retry-After" in refused.headers
         assert client.get("/livez").status_code == 200
-        assert client.get("/models/tiny").json()["state"] == "ready"
+        assert client.get("/models/efficientnet_lite0").json()["state"] == "ready"
         victim.wait_ready()
-        assert client.post("/models/tiny/heatmap", files={"image": chelsea}).status_code == 200
+        assert client.post("/models/efficientnet_lite0/heatmap", files={"image": chelsea}).status_code == 200
 
 
-def test_sigterm_answers_what_was_accepted_refuses_the_rest_and_leaves_nobody(victim: Server, chelsea: bytes) -> None:
-    family = victim.family()
-    with ThreadPoolExecutor(1) as pool, victim.client() as client:
+def test_sigterm_answers_what_was_accepted_refuses_the_rest_and_leaves_nobody(mortal: Server, chelsea: bytes) -> None:
+    family = mortal.family()
+    with ThreadPoolExecutor(1) as pool, mortal.client() as client:
         client.get("/livez")  # a connection that is open before the server closes its door
-        answer = in_flight(victim, chelsea, pool)
-        victim.signal(signal.SIGTERM)
-        wait_until(lambda: client.get("/readyz").status_code == 503, 5, victim)
+        answer = in_flight(mortal, chelsea, pool)
+        mortal.signal(signal.SIGTERM)
+        wait_until(lambda: client.get("/readyz").status_code == 503, 5, mortal)
         refused = client.post("/models/tiny/heatmap", files={"image": chelsea})
         assert (refused.status_code, refused.json()["code"]) == (503, "draining")
         assert answer.result().status_code == 200
-    assert victim.wait_exit(timeout_s=30) == 0
-    wait_until(lambda: not any(process.is_running() for process in family), 5, victim)
+    assert mortal.wait_exit(timeout_s=30) == 0
+    wait_until(lambda: not any(process.is_running() for process in family), 5, mortal)
 
 
-def test_sigkill_of_the_server_takes_the_workers_along(victim: Server, chelsea: bytes) -> None:
-    family = victim.family()
-    assert victim.workers()
+def test_sigkill_of_the_server_takes_the_workers_along(mortal: Server, chelsea: bytes) -> None:
+    family = mortal.family()
+    assert mortal.workers()
     with ThreadPoolExecutor(1) as pool:
-        answer = in_flight(victim, chelsea, pool)
-        victim.signal(signal.SIGKILL)
+        answer = in_flight(mortal, chelsea, pool)
+        mortal.signal(signal.SIGKILL)
         with pytest.raises(httpx.TransportError):
             answer.result()
-    victim.wait_exit(timeout_s=10)
-    wait_until(lambda: not any(alive(process) for process in family), 10, victim)
+    mortal.wait_exit(timeout_s=10)
+    wait_until(lambda: not any(alive(process) for process in family), 10, mortal)
 
 
 def alive(process: psutil.Process) -> bool:

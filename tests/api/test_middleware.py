@@ -1,0 +1,43 @@
+"""What frames every answer: the request's id and the stages' times."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from service.api.middleware import server_timing
+from service.workers.messages import Timings
+from tests.api.support import Api
+
+STAGES = ["queue", "decode", "compute", "render", "total"]
+
+
+@pytest.mark.parametrize("request_id", ["a", "A-b_c.9", "x" * 128])
+def test_a_sane_request_id_is_echoed(request_id: str) -> None:
+    response = Api().raw(**{"x-request-id": request_id})
+    assert response.headers["x-request-id"] == response.json()["request_id"] == request_id
+
+
+@pytest.mark.parametrize("request_id", ["", "x" * 129, "a b", "a\tb", "é".encode("latin-1")])
+def test_any_other_is_made_anew(request_id: str | bytes) -> None:
+    response = Api().get(
+        "/livez", headers=[(b"x-request-id", request_id if isinstance(request_id, bytes) else request_id.encode())]
+    )
+    assert re.fullmatch("[0-9a-f]{32}", response.headers["x-request-id"])
+
+
+def test_times_are_in_milliseconds() -> None:
+    timings = Timings(queue=0.0015, decode=0.002, compute=1, render=0)
+    assert (
+        server_timing(timings, 1.5)
+        == "queue;dur=1.500, decode;dur=2.000, compute;dur=1000.000, render;dur=0.000, total;dur=1500.000"
+    )
+
+
+def test_every_answer_tells_its_times() -> None:
+    api = Api()
+    for response in (api.raw(), api.raw(accept="image/png"), api.json("/models/resnet/infer")):
+        assert re.findall(r"(\w+);dur=\d+\.\d{3}", response.headers["server-timing"]) == STAGES
+    for response in (api.get("/livez"), api.get("/nowhere"), api.raw("top_k=x")):
+        assert re.fullmatch(r"total;dur=\d+\.\d{3}", response.headers["server-timing"])

@@ -1,0 +1,108 @@
+"""The OpenAPI document is whole, tells the three encodings, and describes what is really answered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import pytest
+
+from service.api.schemas import HeatmapFields, InferFields
+from tests.api.support import Api, check_problem
+
+
+@pytest.fixture(scope="module")
+def api() -> Api:
+    return Api()
+
+
+@pytest.fixture(scope="module")
+def document(api: Api) -> Any:
+    return api.get("/openapi.json").json()
+
+
+def operations(document: Any) -> Iterator[tuple[str, Any]]:
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            yield f"{method} {path}", operation
+
+
+def schemas(node: Any) -> Iterator[Any]:
+    """Every value of a key `schema` in the document."""
+    if isinstance(node, dict):
+        yield from (value for key, value in node.items() if key == "schema")
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from schemas(child)
+
+
+def check(document: Any, name: str, instance: Any) -> None:
+    schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+    jsonschema.Draft202012Validator(schema).validate(instance)
+
+
+def references(node: Any) -> Iterator[str]:
+    if isinstance(node, dict) and "$ref" in node:
+        yield node["$ref"]
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from references(child)
+
+
+def test_the_document_is_whole(document: Any) -> None:
+    assert document["openapi"].startswith("3.1")
+    components = document["components"]["schemas"]
+    names = {reference.removeprefix("#/components/schemas/") for reference in references(document)}
+    assert names <= set(components)
+    assert "HTTPValidationError" not in components
+    for schema in (*components.values(), *schemas(document["paths"])):
+        jsonschema.Draft202012Validator.check_schema(schema)
+
+
+def test_operations_suit_a_generated_client(document: Any) -> None:
+    ids = [operation["operationId"] for _, operation in operations(document)]
+    assert len(set(ids)) == len(ids) == 9
+    for name, operation in operations(document):
+        assert operation["summary"], name
+        assert len(operation["tags"]) == 1, name
+        in_path = [parameter["name"] for parameter in operation.get("parameters", []) if parameter["in"] == "path"]
+        assert in_path == (["id"] if "{id}" in name else []), name
+
+
+def test_errors_are_problems(document: Any) -> None:
+    for name, operation in operations(document):
+        for status, response in operation["responses"].items():
+            if status >= "400" and "readyz" not in name:
+                assert list(response["content"]) == ["application/problem+json"], name
+    statuses = document["paths"]["/models/{id}/heatmap"]["post"]["responses"]
+    assert set(statuses) == {"200", "400", "404", "406", "408", "413", "415", "422", "429", "500", "503", "504", "507"}
+
+
+@pytest.mark.parametrize(("endpoint", "kind"), [("heatmap", HeatmapFields), ("infer", InferFields)])
+def test_every_encoding_tells_every_field(document: Any, endpoint: str, kind: type[InferFields]) -> None:
+    operation = document["paths"][f"/models/{{id}}/{endpoint}"]["post"]
+    content = operation["requestBody"]["content"]
+    fields = set(kind.model_fields)
+    assert {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "query"} == fields
+    assert set(content["multipart/form-data"]["schema"]["properties"]) == fields | {"image", "images"}
+    name = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
+    assert set(document["components"]["schemas"][name]["properties"]) == fields | {"images"}
+    assert {"image/*", "application/octet-stream"} < set(content)
+
+
+def test_single_heatmaps_are_told(document: Any) -> None:
+    response = document["paths"]["/models/{id}/heatmap"]["post"]["responses"]["200"]
+    types = {"application/json", "image/png", "image/webp", "image/jpeg", "application/x-npy"}
+    assert set(response["content"]) == types
+    assert set(response["headers"]) == {"X-Class-Id", "X-Class-Name", "X-Confidence"}
+
+
+def test_requests_and_answers_suit_the_document(api: Api, document: Any) -> None:
+    body = {"images": ["AA"], "method": ["a", "b"], "target_classes": [[1, "x"]], "gen_params": {"scaling": "none"}}
+    check(document, "HeatmapRequest", body)
+    with pytest.raises(jsonschema.ValidationError):
+        check(document, "HeatmapRequest", {**body, "metod": "a"})
+    check(document, "HeatmapAnswer", api.json(**body).json())
+    check(document, "HeatmapAnswer", api.json(result_format="dl_result").json())
+    check(document, "InferAnswer", api.json("/models/resnet/infer").json())
+    check(document, "ModelList", api.get("/models").json())
+    check(document, "Problem", dict(check_problem(api.raw("top_k=x"), 422, "invalid_request")))
