@@ -126,14 +126,18 @@ def _as_bool(value: object) -> object:
     return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
 
 
+def _only(value: object) -> object:
+    """Answers name their layers in a list; a list of one is that layer."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
 class LayerParams(BaseModel):
     """The parameters of a method that reads a target layer and paints its own three channels."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    target_conv_layer: str | None = Field(
+    target_conv_layer: Annotated[str | None, BeforeValidator(_only)] = Field(
         None,
-        min_length=1,
         description="the target layer by its module path, or 'recommended'; default: the deepest convolution "
         "(HALCON: target_conv_layer)",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Annotated
 
@@ -106,7 +107,7 @@ def create_router(dispatcher: Dispatcher, settings: Settings) -> APIRouter:
         answer = await explain(request, work, payload.size_bytes, payload.fields.timeout_s)
         if choice.media_type != JSON:
             return single_answer(answer)
-        return json_answer(answer, payload.fields.result_format, request.state.request_id)
+        return await _json(answer, payload.fields, request)
 
     @router.post(
         "/models/{id}/infer",
@@ -123,9 +124,14 @@ def create_router(dispatcher: Dispatcher, settings: Settings) -> APIRouter:
         payload = await read_payload(request, InferFields, settings)
         work = infer_request(model_id, payload)
         answer = await explain(request, work, payload.size_bytes, payload.fields.timeout_s)
-        return json_answer(answer, payload.fields.result_format, request.state.request_id)
+        return await _json(answer, payload.fields, request)
 
     return router
+
+
+async def _json(answer: Answer, fields: InferFields, request: Request) -> Response:
+    """The answer as JSON, written in a thread: all classes of many pictures take longer than the event loop may."""
+    return await asyncio.to_thread(json_answer, answer, fields.result_format, request.state.request_id)
 
 
 def _accept(request: Request) -> str:

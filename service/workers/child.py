@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,8 +22,6 @@ from service.workers.messages import Cancel, Hello, Job, MethodInfo, ModelChange
 
 def main(connection: Connection, device: str, settings: Settings, folder: Path) -> None:
     """Serve until told to stop, or until the parent is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to the whole group; the parent decides
-        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=settings.log_level.upper(), format=f"%(levelname)s:     [{device}] %(message)s")
     tqdm.set_lock(threading.RLock())  # its own would be a semaphore of the system, lost when the process is killed
     lock = threading.Lock()

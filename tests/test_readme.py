@@ -1,0 +1,84 @@
+"""What README promises is true: its commands run, and its tables are complete."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.settings import Settings
+from tests.server import Server
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if not line.startswith("#")
+]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The repository's folders, in a place where commands may write."""
+    for name in ("tests", "docker", ".venv"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "curl" in command])
+def test_each_curl_answers(command: str, server: Server, checkout: Path) -> None:
+    command = command.replace("http://127.0.0.1:8000", server.url).replace("curl ", "curl --fail-with-body -sS ")
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=checkout, capture_output=True)
+    assert result.returncode == 0, result.stdout[:500] + result.stderr
+    answer = (checkout / "heatmap.png").read_bytes() if "-o heatmap.png" in command else result.stdout
+    assert answer.startswith(b"\x89PNG" if "-o heatmap.png" in command else b'{"model_id"')
+
+
+def test_the_command_line_writes_a_heatmap(checkout: Path) -> None:
+    (command,) = [command for command in COMMANDS if "heatmap-service" in command]
+    subprocess.run(["bash", "-c", command], cwd=checkout, check=True, capture_output=True)
+    assert (checkout / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_other_command_is_make_or_docker_compose_over_files_that_exist() -> None:
+    others = [command for command in COMMANDS if "curl" not in command and "heatmap-service" not in command]
+    assert "make serve" in others
+    assert "make test" in others
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for command in others:
+        words = command.split()
+        assert words[0] == "make" or words[:2] == ["docker", "compose"]
+        assert all(target in targets for target in words[1:] if words[0] == "make")
+        assert all((ROOT / word).is_file() for word in words if word.endswith(".yaml"))
+
+
+def test_the_pictures_are_there() -> None:
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert pictures
+    assert all((ROOT / picture).is_file() for picture in pictures)
+
+
+def settings_table() -> str:
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default in (None, ()) else f"`{field.default}`"
+        rows.append(f"| `--{name.replace('_', '-')}` | {default} | {field.description} |")
+    return "\n".join(rows)
+
+
+def test_every_setting_is_listed() -> None:
+    listed = README.partition("<!-- settings -->\n")[2].partition("\n<!-- /settings -->")[0]
+    assert listed == settings_table()
+
+
+def test_every_method_and_endpoint_is_named(client: httpx.Client) -> None:
+    for method in client.get("/methods").json()["methods"]:
+        assert f"`{method['name']}`" in README
+    for path, verbs in client.get("/openapi.json").json()["paths"].items():
+        for verb in verbs:
+            assert f"`{verb.upper()} {path}" in README, (verb, path)
