@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from service.imaging.maps import Scaling
 from service.models.layers import Target
-from service.models.program import Program
+from service.models.program import Program, gradient_of
 
 Family = Literal["cam", "pixel", "perturbation"]
 
@@ -56,14 +56,12 @@ class Pass:
 
     def gradient(self, classes: Tensor) -> Tensor:
         """The gradient of each picture's logit at the target layer, (N,C,h,w)."""
-        (gradient,) = torch.autograd.grad(_score(self._scores, classes), self._value, retain_graph=True)
-        return self._target().grid.fold(gradient)
+        return self._target().grid.fold(_gradient(self._scores, classes, self._value))
 
     def guided_gradient(self, classes: Tensor) -> Tensor:
         """The guided-backpropagation gradient of each picture's logit at the images, (N,3,H,W)."""
         inputs, scores = self._guided
-        (gradient,) = torch.autograd.grad(_score(scores, classes), inputs, retain_graph=True)
-        return gradient
+        return _gradient(scores, classes, inputs)
 
     @cached_property
     def _guided(self) -> tuple[Tensor, Tensor]:
@@ -76,9 +74,9 @@ class Pass:
         return self.target
 
 
-def _score(scores: Tensor, classes: Tensor) -> Tensor:
-    """The sum of each picture's target logit: in eval mode pictures don't mix, so its gradient is each one's own."""
-    return scores.gather(1, classes[:, None]).sum()
+def _gradient(scores: Tensor, classes: Tensor, at: Tensor) -> Tensor:
+    """The gradient of each picture's target logit: of their sum, since in eval mode pictures don't mix."""
+    return gradient_of(scores.gather(1, classes[:, None]).sum(), at)
 
 
 class Trace:
@@ -128,7 +126,15 @@ def _as_bool(value: object) -> object:
 
 def _only(value: object) -> object:
     """Answers name their layers in a list; a list of one is that layer."""
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
+    if isinstance(value, list) and len(value) != 1:
+        raise ValueError(f"one layer is served at a time, not {len(value)}")
+    return value[0] if isinstance(value, list) else value
+
+
+Flag = Annotated[bool, BeforeValidator(_as_bool, json_schema_input_type=bool | Literal["true", "false"])]
+Layer = Annotated[
+    str, BeforeValidator(_only, json_schema_input_type=str | Annotated[list[str], Field(min_length=1, max_length=1)])
+]
 
 
 class LayerParams(BaseModel):
@@ -136,7 +142,7 @@ class LayerParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    target_conv_layer: Annotated[str | None, BeforeValidator(_only)] = Field(
+    target_conv_layer: Layer | None = Field(
         None,
         description="the target layer by its module path, or 'recommended'; default: the deepest convolution "
         "(HALCON: target_conv_layer)",
@@ -146,7 +152,7 @@ class LayerParams(BaseModel):
 class CamParams(LayerParams):
     """The parameters of every method of the family `cam`."""
 
-    use_conv_only: Annotated[bool, BeforeValidator(_as_bool)] = Field(
+    use_conv_only: Flag = Field(
         True,
         description="true: the convolution with its batch norm folded in; false: the ReLU fused with it "
         "(HALCON: use_conv_only)",

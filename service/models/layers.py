@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from service.errors import InvalidGenParams, ModelLoadError, UnknownLayer, nearest
 from service.models.grids import BATCH_NORMS, CONVOLUTIONS, Grid, find_grid
-from service.models.program import Program, is_size
+from service.models.program import Program, gradient_of, is_size
 
 aten = torch.ops.aten
 
@@ -157,8 +157,8 @@ class LayerTable:
         )
 
     def _grid(self, node: fx.Node) -> Grid | str:
-        if not isinstance(node.meta.get("val"), Tensor):
-            return "its output is no tensor"
+        if not isinstance(value := node.meta.get("val"), Tensor) or not value.is_floating_point():
+            return "its output is no tensor of floating-point numbers"
         if node not in self._program.tainted:
             return "its output does not depend on the picture"
         if node not in self._reaching:
@@ -230,13 +230,10 @@ def _has_gradient(program: Program, node: fx.Node, grid: Grid) -> bool:
     """Whether the top score of a random picture has a gradient at the node's places that is not zero."""
     split = program.split(node)
     example = program.images.meta["val"]
-    weight = next(program.source.parameters())
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(1, *example.shape[1:], generator=generator).to(weight.device)
+    images = torch.randn(1, *example.shape[1:], generator=generator).to(example.device)
     with torch.no_grad():
-        activation = split.head(images)
+        activation = split.head(images).requires_grad_()
     with torch.enable_grad():
-        activation.requires_grad_()
         score = split.tail(activation).amax(dim=1).sum()
-        (gradient,) = torch.autograd.grad(score, activation)
-    return bool(grid.fold(gradient).count_nonzero())
+    return bool(grid.fold(gradient_of(score, activation)).count_nonzero())

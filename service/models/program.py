@@ -208,6 +208,13 @@ def _logits(graph: fx.Graph, activation: str) -> fx.Node:
     return outputs if ending == "logits" else outputs.all_input_nodes[0]
 
 
+def gradient_of(total: Tensor, at: Tensor) -> Tensor:
+    """The gradient of a number at a tensor, 0 where the network lets none through; the graph is kept."""
+    if not total.requires_grad:
+        return torch.zeros_like(at)
+    return torch.autograd.grad(total, at, retain_graph=True, materialize_grads=True)[0]
+
+
 class _Gate(torch.autograd.Function):
     """The identity whose gradient is clipped at 0."""
 
