@@ -47,7 +47,7 @@ def peer_copy(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modul
     twin = copy.deepcopy(module).to(dtype).requires_grad_(True)
     for part in twin.modules():
         if hasattr(part, "inplace"):
-            part.inplace = False
+            setattr(part, "inplace", False)  # noqa: B010 (no attribute of every module)
     return twin
 
 
@@ -253,7 +253,7 @@ def deep(name: str) -> tuple[nn.Module, Program]:
 @cache
 def from_timm(name: str, size: tuple[int, int], resized: bool = False) -> tuple[nn.Module, Program]:
     """A timm network with seeded weights; `resized` ones are built for the size of their pictures."""
-    keywords = {"img_size": size} if resized else {}
+    keywords: dict[str, Any] = {"img_size": size} if resized else {}
     module = seeded(lambda: timm.create_model(name, **keywords))
     return module, program_of(module, size)
 

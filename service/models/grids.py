@@ -26,6 +26,7 @@ CHANNELS_FIRST = (
     }
 )
 CHANNELS_LAST = frozenset({aten.linear.default, aten.layer_norm.default, aten.native_layer_norm.default})
+AXES_KEPT = frozenset({operator.getitem, aten.cat.default, aten.constant_pad_nd.default, aten.slice.Tensor})
 MAX_PREFIX_TOKENS = 16
 
 
@@ -55,7 +56,11 @@ def find_grid(node: fx.Node) -> Grid | str:
         return "its shape depends on the batch in more than one dimension"
     if len(shape) == 4:
         axis = channel_axis(node)
+        if axis is None:
+            return "nothing near it tells which of its dimensions are rows and columns"
         height, width = (size for dim, size in enumerate(shape) if dim not in (0, axis))
+        if axis == 3 and not _like_the_picture(node, height, width):
+            return f"its {height} x {width} places are no rows and columns of the picture"
         return Grid(height, width, axis) if height * width > 1 else "its output is 1x1"
     if len(shape) == 3:
         return _token_grid(node, shape[1])
@@ -78,25 +83,37 @@ def _token_grid(node: fx.Node, tokens: int) -> Grid | str:
     return f"no patch grid explains its {tokens} tokens"
 
 
-def channel_axis(node: fx.Node) -> int:
+def _like_the_picture(node: fx.Node, height: int, width: int) -> bool:
+    """Whether one stride leads from the picture to the grid, up to rounding: attention heads and windows fail."""
+    images = next(other for other in node.graph.nodes if other.op == "placeholder").meta["val"]
+    rows, columns = images.shape[2:]
+    return bool(abs(height * columns - width * rows) < rows + columns)
+
+
+def channel_axis(node: fx.Node) -> int | None:
     """The channel axis (1 or 3) of a four-dimensional value, from the operations that made it, else that read it."""
-    before = _axis_before(node)
-    if before is None:
-        before = _axis_after(node)
-    return 1 if before is None else before
+    return _axis_before(node) or _axis_after(node)
 
 
 def _axis_before(node: fx.Node) -> int | None:
-    if node.target is operator.getitem:
+    if node.target in AXES_KEPT:
         return _axis_before(node.all_input_nodes[0])
     if node.target in CHANNELS_FIRST:
         return 1
     if node.target in CHANNELS_LAST:
         return 3
+    if node.target in (aten.view.default, aten.reshape.default) and _unfolds_tokens(node):
+        return 3
     if node.target is aten.permute.default:
         source = _axis_before(node.all_input_nodes[0])
         return None if source is None else _permutation(node).index(source)
     return next((axis for source in _same_shape(node, node.all_input_nodes) if (axis := _axis_before(source))), None)
+
+
+def _unfolds_tokens(node: fx.Node) -> bool:
+    """Whether the value is (N,h,w,C) made of tokens (N,hw,C)."""
+    before, after = node.all_input_nodes[0].meta["val"].shape, node.meta["val"].shape
+    return len(before) == 3 and list(before[1:]) == [after[1] * after[2], after[3]]
 
 
 def _axis_after(node: fx.Node) -> int | None:
@@ -105,9 +122,18 @@ def _axis_after(node: fx.Node) -> int | None:
             return 1
         if user.target in CHANNELS_LAST:
             return 3
+        if user.target is aten.mean.dim and (axis := _axis_kept_by_mean(user)) is not None:
+            return axis
         if user.target is aten.permute.default and (axis := _axis_after(user)) is not None:
             return _permutation(user)[axis]
     return next((axis for user in _same_shape(node, node.users) if (axis := _axis_after(user))), None)
+
+
+def _axis_kept_by_mean(node: fx.Node) -> int | None:
+    """The channel axis of a value whose places are averaged (global pooling)."""
+    dims = node.args[1]
+    averaged = {int(str(dim)) % 4 for dim in dims} if isinstance(dims, list | tuple) else set()
+    return 1 if averaged == {2, 3} else 3 if averaged == {1, 2} else None
 
 
 def _permutation(node: fx.Node) -> list[int]:

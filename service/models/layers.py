@@ -206,7 +206,7 @@ def _fused_relu(node: fx.Node) -> fx.Node | None:
     if len(users) != 1:
         return None
     is_relu6 = users[0].target is aten.hardtanh.default and users[0].args[1:] == (0.0, 6.0)
-    return users[0] if users[0].target is aten.relu.default or is_relu6 else None
+    return users[0] if users[0].target in (aten.relu.default, aten.relu6.default) or is_relu6 else None
 
 
 def _innermost_path(node: fx.Node) -> str:

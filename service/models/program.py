@@ -21,14 +21,20 @@ aten = torch.ops.aten
 ACTIVATIONS = frozenset(
     {
         aten.relu.default,
+        aten.relu6.default,
         aten.hardtanh.default,
         aten.silu.default,
         aten.gelu.default,
         aten.hardswish.default,
         aten.leaky_relu.default,
+        aten.prelu.default,
         aten.elu.default,
+        aten.selu.default,
+        aten.celu.default,
+        aten.mish.default,
     }
 )
+REASON_LENGTH = 400
 SQUASHING = {"softmax": (aten.softmax.int, aten._softmax.default), "sigmoid": (aten.sigmoid.default,)}
 
 
@@ -50,7 +56,7 @@ def capture(module: nn.Module, example: Tensor, file: Path | None = None) -> fx.
         program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
         program = program.run_decompositions({aten.copy.default: _copy_out_of_place})
     except Exception as error:
-        reason = str(error).strip().split("\n", 1)[0]
+        reason = " ".join(str(error).split())[:REASON_LENGTH]
         raise ModelLoadError(f"torch.export cannot capture the network: {type(error).__name__}: {reason}") from error
     if file is not None:
         partial = file.with_suffix(f".{threading.get_native_id()}.pt2")
@@ -145,6 +151,9 @@ class Program:
         return isinstance(first, torch.SymInt) and bool(first.node.expr == self._batch.node.expr)
 
     def _check_scores(self) -> None:
+        value = self.logits.meta["val"]
+        if not isinstance(value, Tensor) or value.ndim != 2:
+            raise ModelLoadError("the network's output is no (batch, classes) tensor of scores")
         if not self.is_batched(self.logits):
             raise ModelLoadError("the batch does not pass through the network: its output has another first dimension")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -54,13 +55,13 @@ def _method(name: str, index: int) -> Method:
 
 
 def _task(method: Method, gen_params: Mapping[str, object], asked: list[Method], model: Model) -> Task:
-    params = _validated(method, _own_params(method, gen_params, asked))
+    params = _validated(method, gen_params, _own_params(method, gen_params, asked))
     use_conv_only = getattr(params, "use_conv_only", True)
     try:
         target = model.layers.target(params.target_conv_layer, use_conv_only)
     except InvalidRequest as error:
         key = "use_conv_only" if isinstance(error, InvalidGenParams) else "target_conv_layer"
-        error.errors = (FieldError(f"/gen_params/{key}", error.detail),)
+        error.errors = (_blame(error.detail, *_path(method, gen_params, key)),)
         raise
     return Task(method, params, target)
 
@@ -70,29 +71,41 @@ def _own_params(method: Method, gen_params: Mapping[str, object], asked: list[Me
     names = {other.name for other in asked}
     common = {key: value for key, value in gen_params.items() if key not in REGISTRY}
     for key in gen_params.keys() - common.keys() - names:
-        raise _wrong(key, f"gen_params has parameters for {key!r}, which is not among the methods asked for.")
+        raise _wrong(f"gen_params has parameters for {key!r}, which is not among the methods asked for.", key)
     own = gen_params.get(method.name, {})
     if not isinstance(own, Mapping):
-        raise _wrong(method.name, f"The parameters of {method.name!r} alone are an object, not {own!r}.")
+        raise _wrong(f"The parameters of {method.name!r} alone are an object, not {reprlib.repr(own)}.", method.name)
     return {**common, **own}
 
 
-def _validated(method: Method, values: Mapping[str, object]) -> LayerParams:
+def _validated(method: Method, gen_params: Mapping[str, object], values: Mapping[str, object]) -> LayerParams:
     try:
         return method.Params.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
         key = str(problem["loc"][0])
+        path = _path(method, gen_params, key)
         if problem["type"] != "extra_forbidden":
-            raise _wrong(key, f"{key!r} of {method.name}: {problem['msg']}, got {problem['input']!r}.") from None
+            detail = f"{key!r} of {method.name}: {problem['msg']}, got {reprlib.repr(problem['input'])}."
+            raise _wrong(detail, *path) from None
         known = method.Params.model_fields
         detail = f"{method.name} takes no parameter {key!r}, but {', '.join(known)}.{nearest(key, known)}"
-        raise _wrong(key, detail) from None
+        raise _wrong(detail, *path) from None
 
 
-def _wrong(key: str, detail: str) -> InvalidGenParams:
-    pointer = key.replace("~", "~0").replace("/", "~1")
-    return InvalidGenParams(detail, errors=(FieldError(f"/gen_params/{pointer}", detail),))
+def _path(method: Method, gen_params: Mapping[str, object], key: str) -> tuple[str, ...]:
+    """Where in gen_params a method's parameter stands: in the method's own object, if it is there."""
+    own = gen_params.get(method.name)
+    return (method.name, key) if isinstance(own, Mapping) and key in own else (key,)
+
+
+def _blame(detail: str, *path: str) -> FieldError:
+    steps = (step.replace("~", "~0").replace("/", "~1") for step in path)
+    return FieldError("/".join(("/gen_params", *steps)), detail)
+
+
+def _wrong(detail: str, *path: str) -> InvalidGenParams:
+    return InvalidGenParams(detail, errors=(_blame(detail, *path),))
 
 
 def _class_id(reference: ClassRef, labels: tuple[str, ...]) -> int:

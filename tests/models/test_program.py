@@ -63,14 +63,14 @@ def test_a_cut_at_any_layer_recomposes_exactly(build: Callable[[], nn.Module]) -
             assert torch.equal(scores_of(program, name, pictures), module(pictures)), name
 
 
-@pytest.mark.parametrize("network", ["resnet18", "densenet121", "mobilenet_v3_small", "swin_t"])
+@pytest.mark.parametrize("network", ["resnet18", "densenet121", "swin_t"])
 def test_a_cut_of_a_deep_network_recomposes_exactly(network: str) -> None:
     module, program = deep(network)
     pictures = images(2, SMALL)
     scores = module(pictures)
     assert torch.equal(program.forward(pictures), scores)
     names = [row.name for row in table(program).rows if row.grid is not None]
-    for name in names[:: len(names) // 6]:
+    for name in names[:: len(names) // 3]:
         assert torch.equal(scores_of(program, name, pictures), scores), name
 
 
@@ -189,9 +189,7 @@ def test_a_trailing_softmax_or_sigmoid_is_cut_off(activation: str, layers: list[
         ("sigmoid", [nn.Softmax(dim=1)], "ends in softmax, but output.activation says 'sigmoid'"),
     ],
 )
-def test_another_ending_than_the_declared_one_is_refused(
-    activation: str, layers: list[nn.Module], reason: str
-) -> None:
+def test_another_ending_than_the_declared_one_is_refused(activation: str, layers: list[nn.Module], reason: str) -> None:
     with pytest.raises(ModelLoadError, match=reason):
         program_of(of(*layers), 8, activation)
 
