@@ -26,7 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             _openapi()
     except SettingsError as error:
-        sys.exit(f"heatmap-service: {error}")
+        print(f"heatmap-service: {error}", file=sys.stderr)
+        sys.exit(2)
     except (ServiceError, ModelLoadError, OSError) as error:
         sys.exit(f"heatmap-service: {error}")
 
@@ -55,7 +56,9 @@ class _Help(argparse.HelpFormatter):
 
 def _serve(settings: Settings) -> None:
     from service.app import Server, create_app
+    from service.workers.devices import resolve
 
+    resolve(settings.device)  # a device that is not there stops the start here, with a message
     logging.getLogger().setLevel(settings.log_level.upper())
     Server(create_app(settings), settings).run()
 

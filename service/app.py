@@ -74,6 +74,7 @@ class Server(uvicorn.Server):
         self._grace_s = settings.grace_s
         self._background: list[asyncio.Future[None]] = []
         self._draining = False
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def main_loop(self) -> None:
         """Serve until it is time to close."""
@@ -83,7 +84,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM and SIGINT. The signal is not raised again after a drain: the server leaves with status 0."""
-        if self._draining or not self.started:
+        if self._draining or self._loop is None:
             super().handle_exit(sig, frame)
             return
         self._draining = True
@@ -103,5 +104,7 @@ class Server(uvicorn.Server):
         )
 
     async def _drain(self) -> None:
-        await self._dispatcher.drain(self._grace_s)
-        self.should_exit = True
+        try:
+            await self._dispatcher.drain(self._grace_s)
+        finally:
+            self.should_exit = True

@@ -38,7 +38,7 @@ class Settings(BaseModel):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     device: str = Field(
         "auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?(,cuda:\d+)*)$",
+        pattern=r"^(auto|cpu|cuda|cuda:[0-9]+(,cuda:[0-9]+)*)$",
         description="auto, cpu, cuda (all of them), or a list such as cuda:0,cuda:1; one worker process each",
     )
     streams: int | None = Field(
@@ -83,7 +83,7 @@ def load(options: Mapping[str, str], environment: Mapping[str, str]) -> Settings
     values: dict[str, str] = {}
     sources: dict[str, str] = {}
     for variable, value in environment.items():
-        if not variable.startswith(PREFIX) or value.startswith("tcp://"):
+        if not variable.startswith(PREFIX) or not value or value.startswith("tcp://"):
             continue
         name = variable.removeprefix(PREFIX).lower()
         if name in Settings.model_fields:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from service.errors import (
+    BodyTooLarge,
     DeadlineExceeded,
     Draining,
     ModelFailed,
@@ -24,6 +25,7 @@ from service.errors import (
     NoWorker,
     QueueFull,
     ServiceError,
+    TooManyPictures,
     WorkerLost,
     nearest,
 )
@@ -150,6 +152,9 @@ class Dispatcher:
             ("bytes", size_bytes, sum(t.size_bytes for t in self._tickets.values()), self._settings.max_queue_bytes),
         )
         for unit, more, held, limit in limits:
+            if more > limit:
+                kind = TooManyPictures if unit == "pictures" else BodyTooLarge
+                raise kind(f"The request brings {more} {unit}; the queue never holds more than {limit}.")
             if held + more > limit:
                 detail = f"The queue holds {held} {unit} of at most {limit}, and this request brings {more} more."
                 raise QueueFull(detail, retry_after=1.0)
@@ -177,10 +182,15 @@ class Dispatcher:
 
     def _hand_over(self) -> None:
         """Give waiting requests, oldest first, to workers with room. A worker that is full blocks nobody else."""
+        alone = {t.worker for t in self._tickets.values() if t.losses and t.worker and t.job.id in t.worker.jobs}
         for ticket in tuple(self._pending):
-            worker = self._pool.free_worker(ticket.job.request.model_id)
+            worker = self._pool.free_worker(ticket.job.request.model_id, alone)
             if worker is None:
                 continue
+            if ticket.losses:  # what may kill a worker again takes nobody along: it waits until this one is empty
+                alone.add(worker)
+                if worker.jobs:
+                    continue
             self._pending.remove(ticket)
             ticket.worker, ticket.started = worker, time.monotonic()
             worker.submit(ticket.job)
@@ -224,7 +234,6 @@ class Dispatcher:
             ticket.worker.cancel(ticket.job.id)
         if not self._tickets:
             self._idle.set()
-        self._ready = asyncio.Event()
 
 
 def deadline_exceeded(timeout_s: float) -> DeadlineExceeded:

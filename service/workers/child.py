@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from service.explain import REGISTRY, Method
-from service.models.repository import scan
+from service.models.repository import Entry
 from service.settings import Settings
 from service.workers.compute import Device
 from service.workers.engine import Engine
@@ -20,7 +20,7 @@ from service.workers.loading import load_into
 from service.workers.messages import Cancel, Hello, Job, MethodInfo, ModelChanged, Stop, ToParent
 
 
-def main(connection: Connection, device: str, settings: Settings, folder: Path) -> None:
+def main(connection: Connection, device: str, settings: Settings, entries: tuple[Entry, ...], folder: Path) -> None:
     """Serve until told to stop, or until the parent is gone."""
     logging.basicConfig(level=settings.log_level.upper(), format=f"%(levelname)s:     [{device}] %(message)s")
     tqdm.set_lock(threading.RLock())  # its own would be a semaphore of the system, lost when the process is killed
@@ -34,7 +34,7 @@ def main(connection: Connection, device: str, settings: Settings, folder: Path) 
     send(Hello(device, engine.capacity, tuple(_describe(method) for method in REGISTRY.values())))
 
     def load_all() -> None:
-        for entry in scan(settings.models):
+        for entry in entries:
             send(ModelChanged(load_into(engine, entry, folder)))
 
     loading = threading.Thread(target=load_all, name="load", daemon=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -20,6 +19,8 @@ from service.models.resident import Model
 from service.workers.plan import Plan, Task
 
 Pixels = NDArray[np.uint8]
+
+CPU_OUT_OF_MEMORY = "can't allocate memory"
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,11 @@ class Device:
 
         `check` is called between the steps and raises where nobody waits any more. Raises OutOfDeviceMemory.
         """
-        starts = range(0, len(pictures), max_batch)
-        chunks = [slice(start, start + max_batch) for start in starts]
-        futures = [self._executor.submit(self._chunk, model, plan, pictures, chunk, check) for chunk in chunks]
-        try:
-            return [explained for future in futures for explained in future.result()]
-        finally:
-            for future in futures:
-                future.cancel()
+        explained: list[Explained] = []
+        for start in range(0, len(pictures), max_batch):  # one at a time: other requests get their turn in between
+            chunk = slice(start, start + max_batch)
+            explained += self._executor.submit(self._chunk, model, plan, pictures, chunk, check).result()
+        return explained
 
     def close(self) -> None:
         self._executor.shutdown(cancel_futures=True)
@@ -91,8 +89,12 @@ def _explain(
 ) -> list[Explained]:
     """Explain one chunk; on too little memory its halves, one after the other."""
     check()
-    with contextlib.suppress(torch.OutOfMemoryError):
+    try:
         return _explain_at_once(model, plan, pictures, classes, check)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and CPU_OUT_OF_MEMORY not in str(error):
+            raise
+    # Only here are the failed tensors free: the exception's traceback held them.
     if len(pictures) == 1:
         raise OutOfDeviceMemory("The device has no memory for one picture through this model with this method.")
     half = len(pictures) // 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import subprocess
 import sys
 
@@ -17,14 +18,18 @@ def resolve(device: str) -> tuple[str, ...]:
     """
     if device == "cpu":
         return ("cpu",)
-    if device not in ("auto", "cuda"):
-        return tuple(dict.fromkeys(device.split(",")))
-    count = _count_cuda_devices()
-    if not count and device == "cuda":
-        raise SettingsError("--device: cuda was asked for, but torch finds no CUDA device")
-    return tuple(f"cuda:{index}" for index in range(count)) or ("cpu",)
+    found = tuple(f"cuda:{index}" for index in range(_count_cuda_devices()))
+    if device == "auto":
+        return found or ("cpu",)
+    asked = found or ("cuda",) if device == "cuda" else tuple(dict.fromkeys(device.split(",")))
+    for name in asked:
+        if name not in found:
+            has = ", ".join(found) or "no CUDA device"
+            raise SettingsError(f"--device: {name} was asked for, but torch finds {has}")
+    return asked
 
 
+@functools.cache
 def _count_cuda_devices() -> int:
     try:
         ctypes.CDLL("libcuda.so.1")

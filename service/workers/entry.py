@@ -7,14 +7,15 @@ import signal
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from service.models.repository import Entry
 from service.settings import Settings
 
 
-def run(connection: Connection, device: str, settings: Settings, folder: Path) -> None:
-    """Serve the models on `device` until told to stop. `folder` is the workers' common temporary folder."""
+def run(connection: Connection, device: str, settings: Settings, entries: tuple[Entry, ...], folder: Path) -> None:
+    """Serve the models of `entries` on `device` until told to stop. `folder` is temporary and common to all workers."""
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to the whole group; the parent decides
         signal.signal(number, signal.SIG_IGN)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads would compete with those of the network
     from service.workers import child
 
-    child.main(connection, device, settings, folder)
+    child.main(connection, device, settings, entries, folder)

@@ -24,6 +24,7 @@ def explain(pictures: list[Path], method: str, out: Path, models: Path | None, m
     One picture goes to the file `out`, whose ending says the format (.npy: the floats); several, or any if `out` is
     a folder, go there as <name>.png. Raises ServiceError, or OSError where a file cannot be read or written.
     """
+    files = _files(pictures, out)
     settings = Settings(models=models)
     entry = _choose(scan(models), model_id)
     engine = Engine(Device(resolve(settings.device)[0], settings.streams), settings)
@@ -31,12 +32,26 @@ def explain(pictures: list[Path], method: str, out: Path, models: Path | None, m
         info = load_into(engine, entry)
         if info.state != "ready":
             raise ModelFailed(f"Model {entry.id!r} could not be loaded: {info.reason}")
-        for picture in pictures:
-            file = out / f"{picture.stem}.png" if out.is_dir() or len(pictures) > 1 else out
+        for picture, file in zip(pictures, files, strict=True):
             file.parent.mkdir(parents=True, exist_ok=True)
             yield _explain_file(engine, entry.id, method, picture, file)
     finally:
         engine.close()
+
+
+def _files(pictures: list[Path], out: Path) -> list[Path]:
+    """Where each heatmap goes, refused where one would be written over a picture or another heatmap."""
+    if len(pictures) == 1 and not out.is_dir():
+        if out.suffix.lower() not in {*ENCODINGS, ".npy"}:
+            raise OSError(f"{out}: the ending says the format: {', '.join(ENCODINGS)} or .npy")
+        return [out]
+    files = [out / f"{picture.stem}.png" for picture in pictures]
+    taken = {picture.resolve() for picture in pictures}
+    for file in files:
+        if file.resolve() in taken:
+            raise FileExistsError(f"{file} would be written over a picture or another heatmap; name another folder")
+        taken.add(file.resolve())
+    return files
 
 
 def _choose(entries: tuple[Entry, ...], model_id: str | None) -> Entry:
@@ -51,7 +66,7 @@ def _choose(entries: tuple[Entry, ...], model_id: str | None) -> Entry:
 
 
 def _explain_file(engine: Engine, model_id: str, method: str, picture: Path, file: Path) -> str:
-    form: Format = "npy" if file.suffix == ".npy" else "overlay"
+    form: Format = "npy" if file.suffix.lower() == ".npy" else "overlay"
     request = ExplainRequest(
         model_id,
         pictures=(picture.read_bytes(),),

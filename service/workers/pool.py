@@ -13,7 +13,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -36,27 +36,34 @@ from service.workers.messages import (
 logger = logging.getLogger(__name__)
 
 MAX_BACKOFF_S = 30.0
+EXIT_S = 5.0
 
 
 class Worker:
     """One process on one device. Two threads move messages, so that the event loop never waits for a pipe."""
 
     def __init__(
-        self, device: str, settings: Settings, folder: Path, receive: Callable[[Worker, ToParent | None], None]
-    ):
+        self,
+        device: str,
+        settings: Settings,
+        entries: tuple[Entry, ...],
+        folder: Path,
+        receive: Callable[[Worker, ToParent | None], None],
+    ) -> None:
         """`receive` is called on the event loop with each message, and with None when the process is gone."""
         context = multiprocessing.get_context("spawn")
         self.device = device
         self.jobs: set[int] = set()
         self.models: dict[str, ModelInfo] = {}
         self.capacity = 0
+        self.gone = threading.Event()
         self.serves = False
         self._receive = receive
         self._loop = asyncio.get_running_loop()
         self._outbox: queue.SimpleQueue[ToChild | None] = queue.SimpleQueue()
         self._connection, self._child_end = context.Pipe(duplex=True)
         self.process = context.Process(
-            target=entry.run, args=(self._child_end, device, settings, folder), name=f"heatmap-{device}"
+            target=entry.run, args=(self._child_end, device, settings, entries, folder), name=f"heatmap-{device}"
         )
 
     def start(self) -> None:
@@ -83,21 +90,28 @@ class Worker:
         self._outbox.put(Stop())
 
     def _read(self) -> None:
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                self._post(self._connection.recv())
-        self._outbox.put(None)
-        self.process.join()
-        self._post(None)
+        try:
+            with contextlib.suppress(EOFError, OSError):
+                while True:
+                    self._post(self._connection.recv())
+        finally:
+            self._outbox.put(None)
+            self.process.join(EXIT_S)
+            if self.process.exitcode is None:
+                self.process.kill()
+                self.process.join()
+            self.gone.set()
+            self._post(None)
 
     def _post(self, message: ToParent | None) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self._receive, self, message)
 
     def _write(self) -> None:
-        with contextlib.suppress(OSError), self._connection:
+        with self._connection:  # closed when the reader has left it, and never under its hands
             while (message := self._outbox.get()) is not None:
-                self._connection.send(message)
+                with contextlib.suppress(OSError):
+                    self._connection.send(message)
 
 
 class Listener(Protocol):
@@ -122,6 +136,7 @@ class Pool:
         self.methods: tuple[MethodInfo, ...] = ()
         self._listener: Listener
         self._settings = settings
+        self._entries = entries
         self._stopping = False
         self._failures: dict[str, int] = {}
         self._folder: tempfile.TemporaryDirectory[str]
@@ -134,9 +149,10 @@ class Pool:
         for device in devices:
             await self._start_worker(device)
 
-    def free_worker(self, model_id: str) -> Worker | None:
-        """The least busy worker that has the model and room for a job."""
-        free = [worker for worker in self.workers if worker.has(model_id) and len(worker.jobs) < worker.capacity]
+    def free_worker(self, model_id: str, closed: Collection[Worker] = ()) -> Worker | None:
+        """The least busy worker, none of the `closed`, that has the model and room for a job."""
+        workers = (worker for worker in self.workers if worker not in closed and worker.has(model_id))
+        free = [worker for worker in workers if len(worker.jobs) < worker.capacity]
         return min(free, key=lambda worker: len(worker.jobs), default=None)
 
     async def stop(self, timeout_s: float) -> None:
@@ -144,16 +160,25 @@ class Pool:
         self._stopping = True
         for task in self._starts:
             task.cancel()
+        await asyncio.gather(*self._starts, return_exceptions=True)
         for worker in self.workers:
             worker.stop()
-        processes = [worker.process for worker in self.workers]
-        await asyncio.to_thread(_join_or_kill, processes, timeout_s)
+        await asyncio.to_thread(_wait_or_kill, tuple(self.workers), timeout_s)
         self._folder.cleanup()
 
     async def _start_worker(self, device: str) -> None:
-        worker = Worker(device, self._settings, Path(self._folder.name), self._receive)
+        worker = Worker(device, self._settings, self._entries, Path(self._folder.name), self._receive)
         self.workers.append(worker)
-        await asyncio.to_thread(worker.start)
+        start = asyncio.ensure_future(asyncio.to_thread(worker.start))
+        try:
+            await asyncio.shield(start)
+        except asyncio.CancelledError:  # `stop` must find a process that is there, or none
+            await asyncio.wait([start])
+            raise
+        except OSError:
+            logger.exception("worker %s could not be started", device)
+            self._replace(worker)
+            return
         logger.info("worker %s started, pid %s", device, worker.process.pid)
 
     def _receive(self, worker: Worker, message: ToParent | None) -> None:
@@ -166,7 +191,8 @@ class Pool:
                 self.methods = message.methods
             case ModelChanged(info=info):
                 worker.models[info.id] = info
-                self.models[info.id] = info
+                if info.state == "ready" or not any(other.has(info.id) for other in self.workers):
+                    self.models[info.id] = info
                 if worker.models.keys() >= self.models.keys():
                     worker.serves = True
                     self._failures[worker.device] = 0
@@ -180,7 +206,7 @@ class Pool:
             return
         failures = self._failures.get(worker.device, 0)
         self._failures[worker.device] = failures + 1
-        delay = min(2.0**failures - 1, MAX_BACKOFF_S)
+        delay = min(2.0 ** min(failures, 10) - 1, MAX_BACKOFF_S)
         logger.error(
             "worker %s ended with exit code %s under %d jobs; a new one starts in %.0f s",
             worker.device,
@@ -198,10 +224,9 @@ class Pool:
         await self._start_worker(device)
 
 
-def _join_or_kill(processes: Sequence[multiprocessing.process.BaseProcess], timeout_s: float) -> None:
+def _wait_or_kill(workers: Sequence[Worker], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.is_alive():
-            process.kill()
-            process.join()
+    for worker in workers:
+        if not worker.gone.wait(max(0.0, deadline - time.monotonic())):
+            worker.process.kill()
+            worker.gone.wait()

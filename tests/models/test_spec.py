@@ -189,7 +189,7 @@ def test_files_that_are_no_toml(tmp_path: Path) -> None:
 
 def test_specs_are_frozen(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
-        spec_of(tmp_path, MINIMAL).input.fit = "stretch"
+        spec_of(tmp_path, MINIMAL).input.fit = "stretch"  # type: ignore[misc]
 
 
 def test_files_are_followed_inside_the_folder_alone(tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""The command line: what ends it, with which status and words, and what its commands write."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.__main__ import main
+from service.workers.devices import resolve
+from tests.conftest import DATA, write_tiny
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m service`, as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "service", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What is said when a command ends with an error, run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert ended.value.code not in (0, None)
+    said = ended.value.code if isinstance(ended.value.code, str) else capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+def test_a_bad_value_ends_the_server_with_a_message() -> None:
+    ended = command("serve", "--max-batch", "many", HEATMAP_PORT="nowhere")
+    assert ended.returncode > 0
+    assert ended.stdout == ""
+    assert "--max-batch: " in ended.stderr
+    assert "HEATMAP_PORT: " in ended.stderr
+    assert "'many'" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_folder_of_models_that_is_missing_ends_the_server_with_a_message(tmp_path: Path) -> None:
+    ended = command("serve", "--port", "0", "--models", str(tmp_path / "nowhere"), HEATMAP_PROT="1")
+    assert ended.returncode > 0
+    warning, message = ended.stderr.splitlines()
+    assert "HEATMAP_PROT" in warning
+    assert "'HEATMAP_PORT'" in warning
+    assert "--models" in message
+    assert str(tmp_path / "nowhere") in message
+
+
+@pytest.mark.skipif(resolve("auto") != ("cpu",), reason="there is a CUDA device")
+def test_a_device_that_is_missing_ends_the_server_with_a_message() -> None:
+    ended = command("serve", "--port", "0", "--device", "cuda")
+    assert ended.returncode > 0
+    assert "--device: cuda was asked for" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "required: command"),
+        (("sevre",), "invalid choice: 'sevre'"),
+        (("serve", "--prot", "1"), "--prot"),
+        (("serve", "--max-b", "1"), "--max-b"),
+        (("serve", "--port"), "expected one argument"),
+        (("explain", "-o", "map.png"), "PICTURE"),
+        (("explain", "cat.png"), "-o"),
+    ],
+)
+def test_a_wrong_command_line(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str) -> None:
+    assert said in refusal(capsys, *arguments)
+
+
+def test_a_wrong_setting_has_the_status_2_as_any_wrong_command_line() -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--port", "nowhere"])
+    assert ended.value.code == 2
+
+
+def test_openapi_prints_the_document(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["openapi"])
+    document = json.loads(capsys.readouterr().out)
+    assert document["openapi"].startswith("3.1")
+    assert {"/models/{id}/heatmap", "/models/{id}/infer", "/methods", "/livez", "/readyz"} <= document["paths"].keys()
+
+
+def test_explain_writes_a_heatmap_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny(tmp_path / "models" / "tiny")
+    out = tmp_path / "map.png"
+    main(["explain", str(DATA / "chelsea.png"), "-m", "grad_cam", "-o", str(out), "--models", str(tmp_path / "models")])
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.endswith(f" -> {out}\n")
+
+
+def test_explain_with_a_wrong_model_says_what_would_be_right(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, out = str(DATA / "chelsea.png"), str(tmp_path / "map.png")
+    said = refusal(capsys, "explain", picture, "-o", out, "--model", "efficientnet_lite")
+    assert said.startswith("heatmap-service: ")
+    assert "'efficientnet_lite0'" in said
+    assert "--models" in refusal(capsys, "explain", picture, "-o", out, "--models", str(tmp_path / "nowhere"))

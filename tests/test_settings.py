@@ -1,0 +1,192 @@
+"""Every setting by its option and by its variable; a new field of Settings is tested without a change here."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from pydantic.fields import FieldInfo
+
+from service.settings import PREFIX, Settings, SettingsError, add_options, load, option_of
+
+FIELDS = Settings.model_fields
+SPECIAL = {"device": ("cuda:1,cuda:0", "gpu"), "port": ("9000", "70000")}  # a pattern, a bound below the next number
+OPEN = (str, Path, tuple)  # any text is a value
+
+
+def samples(name: str, field: FieldInfo) -> tuple[str, str | None]:
+    """A value that differs from the default, and a wrong one where there is any."""
+    if name in SPECIAL:
+        return SPECIAL[name]
+    kind: Any = field.annotation
+    if typing.get_origin(kind) is types.UnionType:
+        (kind,) = (one for one in typing.get_args(kind) if one is not type(None))
+    if typing.get_origin(kind) is Literal:
+        return next(str(one) for one in typing.get_args(kind) if one != field.default), "nonsense"
+    if kind is bool:
+        return str(not field.default).lower(), "nonsense"
+    if kind in (int, float):
+        return str((field.default or 1) + 1), "many"
+    assert (typing.get_origin(kind) or kind) in OPEN, f"say here what a {kind} looks like"
+    return "somewhere,else", None
+
+
+GOOD = {name: samples(name, field)[0] for name, field in FIELDS.items()}
+BAD = {name: wrong for name, field in FIELDS.items() if (wrong := samples(name, field)[1]) is not None}
+
+
+def variable_of(name: str) -> str:
+    return PREFIX + name.upper()
+
+
+def parse(*arguments: str) -> dict[str, str]:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_options(parser)
+    return vars(parser.parse_args(arguments))
+
+
+def assert_only(settings: Settings, name: str) -> None:
+    """The setting has its sample value, and every other one its default."""
+    expected = Settings.model_validate({name: GOOD[name]})
+    assert getattr(expected, name) != FIELDS[name].default
+    assert settings == expected
+    assert settings.model_dump(exclude={name}) == Settings().model_dump(exclude={name})
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_an_option_sets_it(name: str) -> None:
+    assert_only(load(parse(option_of(name), GOOD[name]), {}), name)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_variable_sets_it(name: str) -> None:
+    assert_only(load({}, {variable_of(name): GOOD[name]}), name)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_option_wins_over_the_variable(name: str) -> None:
+    other = BAD.get(name, "other")  # a variable that is overridden is not even read
+    assert_only(load(parse(option_of(name), GOOD[name]), {variable_of(name): other}), name)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_default_holds_otherwise(name: str) -> None:
+    assert getattr(load(parse(), {}), name) == FIELDS[name].default
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_link_of_a_kubernetes_service_is_no_value(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert load({}, {variable_of(name): "tcp://10.0.0.1:80"}) == Settings()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_help_says_what_it_is_and_its_default(name: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    default = FIELDS[name].default
+    said = f"{option_of(name)} VALUE {FIELDS[name].description}"
+    if default not in (None, ()):
+        said += f" (default {default})"
+    assert FIELDS[name].description
+    assert said in " ".join(parser.format_help().split())
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_option_is_named_as_it_was_written(name: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        load(parse(option_of(name), BAD[name]), {})
+    assert str(refused.value).startswith(f"{option_of(name)}: ")
+    assert repr(BAD[name]) in str(refused.value)
+    assert variable_of(name) not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_variable_is_named_as_it_was_written(name: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        load({}, {variable_of(name): BAD[name]})
+    assert str(refused.value).startswith(f"{variable_of(name)}: ")
+    assert repr(BAD[name]) in str(refused.value)
+    assert option_of(name) not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", "-1"),
+        ("streams", "0"),
+        ("streams", "33"),
+        ("max_batch", "0"),
+        ("max_queue", "0"),
+        ("max_body_bytes", "0"),
+        ("timeout_s", "0"),
+        ("timeout_s", "nan"),
+        ("timeout_s", "3601"),
+        ("body_timeout_s", "0"),
+        ("grace_s", "-1"),
+        ("grace_s", "nan"),
+        ("log_level", "INFO"),
+    ],
+)
+def test_values_out_of_bounds(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=option_of(name)):
+        load({name: value}, {})
+
+
+def test_every_bad_value_is_told_at_once() -> None:
+    with pytest.raises(SettingsError, match=r"HEATMAP_PORT: .*; .*--max-batch: "):
+        load({"max_batch": "many"}, {"HEATMAP_PORT": "many"})
+
+
+def test_an_unknown_variable_is_a_warning_that_names_the_nearest(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert load({}, {"HEATMAP_MAX_BATCHES": "4", "MAX_BATCH": "4", "PATH": "/bin"}) == Settings()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith("HEATMAP_MAX_BATCHES is not a setting and is ignored.")
+    assert "'HEATMAP_MAX_BATCH'" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    "device", ["auto", "cpu", "cuda", "cuda:0", "cuda:1", "cuda:0,cuda:1", "cuda:10,cuda:2,cuda:3"]
+)
+def test_devices(device: str) -> None:
+    assert load({"device": device}, {}).device == device
+
+
+@pytest.mark.parametrize(
+    "device", ["", "gpu", "CPU", "cpu,cuda", "cuda:", "cuda:x", "cuda:0,", "cuda:0 cuda:1", "cuda:-1"]
+)
+def test_wrong_devices(device: str) -> None:
+    with pytest.raises(SettingsError, match="--device"):
+        load({"device": device}, {})
+
+
+@pytest.mark.parametrize("device", ["cuda,cuda:1", "cuda:\u0663"])
+def test_wrong_devices_that_pass(device: str) -> None:
+    with pytest.raises(SettingsError, match="--device"):
+        load({"device": device}, {})
+
+
+def test_an_empty_variable_is_none() -> None:
+    assert load({}, {"HEATMAP_MODELS": "", "HEATMAP_PORT": ""}) == Settings()
+
+
+def test_a_list_is_separated_by_commas() -> None:
+    assert load({"cors_origins": " https://a.test , https://b.test,"}, {}).cors_origins == (
+        "https://a.test",
+        "https://b.test",
+    )
+    assert load({"cors_origins": ""}, {}).cors_origins == ()
+
+
+def test_settings_never_change() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        setattr(Settings(), "port", 1)  # noqa: B010
+    with pytest.raises(ValueError, match="Extra inputs"):
+        Settings.model_validate({"prot": 1})

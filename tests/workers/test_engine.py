@@ -1,0 +1,370 @@
+"""The worker's pipeline in this process over a tiny network: what ends early, what fails, and what comes after it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from service.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    OutOfDeviceMemory,
+    ServiceError,
+    UndecodablePicture,
+    UnknownClass,
+    UnknownMethod,
+)
+from service.explain import REGISTRY, CamParams, LayerParams, Method, Trace, grad_cam, register
+from service.models.repository import Entry
+from service.settings import Settings
+from service.workers.compute import Device
+from service.workers.engine import Engine
+from service.workers.loading import load_into
+from service.workers.messages import Answer, Done, ExplainRequest, Job
+from tests.conftest import write_tiny
+
+FAR = float("inf")
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    write_tiny(folder)
+    one = Engine(Device("cpu", None), Settings(max_batch=4))
+    info = load_into(one, Entry("tiny", folder))
+    assert info.state == "ready", info.reason
+    yield one
+    one.close()
+
+
+class Outcomes:
+    """Jobs of an engine, and what came of them."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._queue: SimpleQueue[Done] = SimpleQueue()
+
+    def submit(self, request: ExplainRequest, job_id: int = 1, deadline: float = FAR) -> None:
+        self._engine.submit(Job(job_id, request, deadline), self._queue.put)
+
+    def next(self) -> Done:
+        return self._queue.get(timeout=60)
+
+    def of(self, request: ExplainRequest, deadline: float = FAR) -> Answer | ServiceError:
+        self.submit(request, deadline=deadline)
+        return self.next().outcome
+
+
+@pytest.fixture
+def outcomes(engine: Engine) -> Outcomes:
+    return Outcomes(engine)
+
+
+class Probe(Method):
+    """Grad-CAM that first does what a test wants. Registered only while one asks for it."""
+
+    name = "probe"
+    family = "cam"
+    channels = 1
+    paper = "none"
+    description = "none"
+    cost = "none"
+    Params = CamParams
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.before: Callable[[int], None] = lambda pictures: None
+
+    def heatmap(self, trace: Trace, params: LayerParams) -> Tensor:
+        self.batches.append(len(trace.images))
+        self.before(len(trace.images))
+        return grad_cam(trace)
+
+
+@pytest.fixture
+def probe() -> Iterator[Probe]:
+    register(Probe)
+    method = REGISTRY["probe"]
+    assert isinstance(method, Probe)
+    yield method
+    del REGISTRY["probe"]
+
+
+def pictures(count: int, corrupt: int | None = None) -> tuple[bytes, ...]:
+    """Different pictures; one of them cut short."""
+    from PIL import Image
+
+    files = []
+    for index in range(count):
+        pixels = np.random.default_rng(index).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        files.append(file.getvalue()[: 400 if index == corrupt else None])
+    return tuple(files)
+
+
+def asked(count: int = 1, *class_ids: int, method: str = "probe", corrupt: int | None = None) -> ExplainRequest:
+    return ExplainRequest(
+        "tiny",
+        pictures(count, corrupt),
+        (class_ids,) * count,
+        (method,),
+        gen_params={"scaling": "none"},
+        format="npy",
+        size="model",
+        as_base64=False,
+    )
+
+
+def maps(outcome: Answer | ServiceError) -> NDArray[np.float32]:
+    """The floats of every heatmap of an answer, in its order."""
+    assert isinstance(outcome, Answer), outcome
+    data = [heatmap.data for result in outcome.results for heatmap in result.heatmaps]
+    return np.stack([np.load(io.BytesIO(one)) for one in data])
+
+
+def error(outcome: Answer | ServiceError, kind: type[ServiceError]) -> ServiceError:
+    assert type(outcome) is kind, outcome
+    return outcome
+
+
+# What ends early
+
+
+def test_a_cancelled_job_stops_at_its_next_step(engine: Engine, outcomes: Outcomes, probe: Probe) -> None:
+    entered, go = threading.Event(), threading.Event()
+
+    def wait(pictures: int) -> None:
+        entered.set()
+        assert go.wait(60)
+
+    probe.before = wait
+    outcomes.submit(asked(1, 0, 1, 2, 3), job_id=5)
+    assert entered.wait(60)
+    engine.cancel(5)
+    engine.cancel(99)  # one that it has not
+    go.set()
+    done = outcomes.next()
+    assert done.id == 5
+    error(done.outcome, DeadlineExceeded)
+    assert probe.batches == [1], "three more classes were asked for"
+    engine.cancel(5)  # one that is over
+    probe.before = lambda pictures: None
+    assert maps(outcomes.of(asked(1, 0))).shape == (1, 32, 32)
+
+
+def test_a_cancelled_job_starts_no_further_chunk(engine: Engine, outcomes: Outcomes, probe: Probe) -> None:
+    probe.before = lambda pictures: engine.cancel(1)
+    error(outcomes.of(asked(12, 0)), DeadlineExceeded)
+    assert probe.batches == [4]
+
+
+def test_a_job_that_is_cancelled_before_it_starts_computes_nothing(
+    engine: Engine, outcomes: Outcomes, probe: Probe
+) -> None:
+    entered, go = threading.Semaphore(0), threading.Event()
+
+    def wait(pictures: int) -> None:
+        entered.release()
+        assert go.wait(60)
+
+    probe.before = wait
+    for job_id in range(engine.capacity):
+        outcomes.submit(asked(1, 0), job_id)
+    assert entered.acquire(timeout=60)
+    outcomes.submit(asked(1, 1), job_id=77)
+    engine.cancel(77)
+    go.set()
+    done = {done.id: done.outcome for done in (outcomes.next() for _ in range(engine.capacity + 1))}
+    error(done.pop(77), DeadlineExceeded)
+    assert all(isinstance(outcome, Answer) for outcome in done.values())
+    assert len(probe.batches) == engine.capacity
+
+
+def test_a_deadline_that_has_passed_costs_no_work(
+    outcomes: Outcomes, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.workers.engine.decode", pytest.fail)
+    error(outcomes.of(asked(), deadline=time.monotonic() - 1), DeadlineExceeded)
+    assert probe.batches == []
+
+
+def test_a_deadline_that_passes_between_two_steps_ends_the_job(
+    outcomes: Outcomes, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("service.workers.engine.time.monotonic", lambda: now[0])
+
+    def age(pictures: int) -> None:
+        now[0] = 200.0
+
+    probe.before = age
+    error(outcomes.of(asked(1, 0, 1), deadline=150), DeadlineExceeded)
+    assert probe.batches == [1]
+
+
+# Too little memory
+
+
+def out_of_memory_over(most: int) -> Callable[[int], None]:
+    def check(pictures: int) -> None:
+        if pictures > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    return check
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_batch_too_large_for_the_device_is_split(outcomes: Outcomes, probe: Probe, most: int) -> None:
+    expected = maps(outcomes.of(asked(4, 0, 2)))
+    assert probe.batches == [4, 4]
+    probe.batches.clear()
+    probe.before = out_of_memory_over(most)
+    split = maps(outcomes.of(asked(4, 0, 2)))
+    assert max(batch for batch in probe.batches[1:] if batch <= most) <= most
+    assert np.abs(expected).max(axis=(1, 2)).min() > 0
+    assert np.abs(split - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_too_little_memory_for_one_picture_fails_that_request_alone(outcomes: Outcomes, probe: Probe) -> None:
+    probe.before = out_of_memory_over(0)
+    failed = error(outcomes.of(asked(4, 0)), OutOfDeviceMemory)
+    assert "CUDA" not in failed.detail
+    assert probe.batches == [4, 2, 1]
+    probe.before = lambda pictures: None
+    assert maps(outcomes.of(asked(4, 0))).shape == (4, 32, 32)
+
+
+def test_tensors_of_the_failed_try_are_gone_when_its_halves_are_tried(
+    outcomes: Outcomes, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A traceback that is still held would pin what filled the memory."""
+    import weakref
+
+    held: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def heatmap(trace: Trace, params: LayerParams) -> Tensor:
+        alive.append(sum(reference() is not None for reference in held))
+        local = trace.activation.clone()
+        held.append(weakref.ref(local))
+        if len(trace.images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return grad_cam(trace)
+
+    monkeypatch.setattr(probe, "heatmap", heatmap)
+    assert maps(outcomes.of(asked(2, 0))).shape == (2, 32, 32)
+    assert alive == [0, 0, 0]
+
+
+# What is wrong with a request, and what with us
+
+
+def test_a_defect_of_ours_is_a_plain_error_that_leaks_nothing(
+    outcomes: Outcomes, probe: Probe, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(pictures: int) -> None:
+        raise RuntimeError("/home/secret/weights.pt")
+
+    probe.before = fail
+    failed = error(outcomes.of(asked()), ServiceError)
+    assert (failed.status, failed.code, failed.retry_after) == (500, "internal_error", None)
+    assert not {"secret", "RuntimeError", "Traceback"} & set(failed.detail.replace("/", " ").split())
+    assert failed.__cause__ is None
+    assert failed.__context__ is None
+    assert "/home/secret/weights.pt" in caplog.text
+    probe.before = lambda pictures: None
+    assert maps(outcomes.of(asked(1, 0))).shape == (1, 32, 32)
+
+
+@pytest.mark.parametrize("corrupt", [0, 2])
+def test_a_bad_picture_is_named_by_its_index_and_costs_no_other_request(outcomes: Outcomes, corrupt: int) -> None:
+    outcomes.submit(asked(3, 0, method="grad_cam", corrupt=corrupt), job_id=1)
+    outcomes.submit(asked(3, 0, method="grad_cam"), job_id=2)
+    done = {done.id: done.outcome for done in (outcomes.next(), outcomes.next())}
+    failed = error(done[1], UndecodablePicture)
+    assert failed.detail.startswith(f"Picture {corrupt}: ")
+    assert [place.pointer for place in failed.errors] == [f"/images/{corrupt}"]
+    assert maps(done[2]).shape == (3, 32, 32)
+
+
+def test_base64_that_is_none_is_named_by_its_index(outcomes: Outcomes) -> None:
+    request = dataclasses.replace(asked(2, method="grad_cam"), pictures=(pictures(1)[0], "not base64!"))
+    assert error(outcomes.of(request), UndecodablePicture).detail.startswith("Picture 1: ")
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind"),
+    [
+        (asked(method="grad_cm"), UnknownMethod),
+        (asked(1, 5, method="grad_cam"), UnknownClass),
+        (dataclasses.replace(asked(method="grad_cam"), colormap="nonsense", format="overlay"), InvalidRequest),
+    ],
+    ids=["method", "class", "colormap"],
+)
+def test_a_wrong_value_is_the_request_s_fault(
+    outcomes: Outcomes, request_: ExplainRequest, kind: type[ServiceError]
+) -> None:
+    assert error(outcomes.of(request_), kind).detail
+
+
+# The answer
+
+
+def test_an_answer_says_what_was_computed_and_how_long_it_took(outcomes: Outcomes) -> None:
+    outcome = outcomes.of(dataclasses.replace(asked(2, 3, method="grad_cam"), top_k=2))
+    assert isinstance(outcome, Answer)
+    assert outcome.model_id == "tiny"
+    assert outcome.revision.startswith("sha256:")
+    assert [result.index for result in outcome.results] == [0, 1]
+    for result in outcome.results:
+        assert (result.width, result.height) == (48, 40)
+        first, second = result.classes
+        assert 1 >= first.confidence >= second.confidence > 0
+        assert first.class_name == ("ant", "bee", "cat", "dog", "cat")[first.class_id]
+        (heatmap,) = result.heatmaps
+        assert (heatmap.class_id, heatmap.class_name, heatmap.method) == (3, "dog", "grad_cam")
+        assert heatmap.gen_params == {"target_conv_layer": ["2"], "use_conv_only": True, "scaling": "none"}
+        values = np.load(io.BytesIO(heatmap.data))
+        low, high = heatmap.value_range
+        assert values.min() >= low
+        assert values.max() <= high
+    times = outcome.timings
+    assert times.queue == 0
+    assert min(times.decode, times.compute, times.render) > 0
+
+
+def test_no_target_class_is_the_most_confident_one_and_no_method_is_no_heatmap(outcomes: Outcomes) -> None:
+    outcome = outcomes.of(asked(3, method="grad_cam"))
+    assert isinstance(outcome, Answer)
+    for result in outcome.results:
+        assert result.heatmaps[0].class_id == result.classes[0].class_id
+        assert result.heatmaps[0].confidence == result.classes[0].confidence
+        assert sum(one.confidence for one in result.classes) == pytest.approx(1, abs=1e-5)
+    alone = outcomes.of(dataclasses.replace(asked(3), methods=(), gen_params={}))
+    assert isinstance(alone, Answer)
+    assert [result.heatmaps for result in alone.results] == [()] * 3
+    assert [result.classes[0].class_id for result in alone.results] == [
+        result.classes[0].class_id for result in outcome.results
+    ]
+
+
+def test_closing_leaves_no_thread_and_finishes_what_runs() -> None:
+    before = set(threading.enumerate())
+    engine = Engine(Device("cpu", 2), Settings())
+    assert engine.capacity > 2
+    seen: SimpleQueue[Done] = SimpleQueue()
+    engine.submit(Job(1, asked(), FAR), seen.put)
+    engine.close()
+    error(seen.get(timeout=60).outcome, ServiceError)  # it has no model: the queue never sends it such a request
+    assert set(threading.enumerate()) <= before

@@ -1,0 +1,317 @@
+"""A real worker process from its hello to its end, and the pool over workers without processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import tempfile
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import pytest
+
+from service.models.repository import scan
+from service.settings import Settings
+from service.workers.messages import Answer, Done, ExplainRequest, Job, ModelInfo, ToParent
+from service.workers.pool import MAX_BACKOFF_S, Pool, Worker, _wait_or_kill
+from tests.conftest import DATA, write_tiny
+from tests.dispatch.support import METHOD, Bench, FakeProcess, FakeWorker, answer, on_loop, settle
+
+NO_DEADLINE = float("inf")
+
+
+class Listening:
+    """A listener that remembers, and lets a test wait for what comes."""
+
+    def __init__(self) -> None:
+        self.outcomes: asyncio.Queue[Done] = asyncio.Queue()
+        self.losses: asyncio.Queue[tuple[int, ...]] = asyncio.Queue()
+        self._changed = asyncio.Condition()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def done(self, done: Done) -> None:
+        self.outcomes.put_nowait(done)
+
+    def lost(self, job_ids: tuple[int, ...]) -> None:
+        self.losses.put_nowait(job_ids)
+
+    def changed(self) -> None:
+        self._tasks.add(asyncio.ensure_future(self._notify()))
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def serving(self, pool: Pool) -> Worker:
+        """The pool's only worker, once it serves."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: any(worker.serves for worker in pool.workers))
+        (worker,) = pool.workers
+        return worker
+
+
+@contextlib.asynccontextmanager
+async def pool_of(models: Path, listener: Listening) -> AsyncIterator[Pool]:
+    pool = Pool(Settings(models=models), scan(models))
+    await pool.start(("cpu",), listener)
+    try:
+        yield pool
+    finally:
+        await pool.stop(30)
+
+
+def explain(job_id: int, pictures: int = 1) -> Job:
+    data = ((DATA / "chelsea.png").read_bytes(),) * pictures
+    return Job(job_id, ExplainRequest("tiny", data, ((),) * pictures, ("grad_cam",)), NO_DEADLINE)
+
+
+def threads() -> set[str]:
+    return {thread.name for thread in threading.enumerate() if thread.name in ("read-cpu", "write-cpu")}
+
+
+@on_loop
+async def test_a_real_worker_from_its_hello_to_its_end_with_a_death_in_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny(tmp_path / "models" / "tiny")
+    (tmp_path / "models" / "broken").mkdir()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    listener = Listening()
+    async with pool_of(tmp_path / "models", listener) as pool:
+        assert {info.state for info in pool.models.values()} == {"loading"}
+        worker = await listener.serving(pool)
+        assert pool.models["tiny"].state == "ready"
+        assert pool.models["tiny"].classes == ("ant", "bee", "cat", "dog", "cat")
+        assert (pool.models["broken"].state, pool.models["broken"].reason) == ("failed", "model.toml is missing")
+        assert {"grad_cam", "guided_grad_cam"} <= {method.name for method in pool.methods}
+        assert worker.capacity >= 1
+        assert pool.free_worker("tiny") is worker
+        assert pool.free_worker("broken") is None
+
+        worker.submit(explain(1))
+        done = await listener.outcomes.get()
+        assert done.id == 1
+        assert isinstance(done.outcome, Answer)
+        assert done.outcome.results[0].heatmaps[0].method == "grad_cam"
+        assert worker.jobs == set()
+
+        for job_id in (7, 5):
+            worker.submit(explain(job_id, pictures=64))
+        worker.process.kill()
+        assert await listener.losses.get() == (5, 7)
+        fresh = await listener.serving(pool)
+        assert fresh is not worker
+        assert fresh.process.pid != worker.process.pid
+        assert worker.process.exitcode == -9
+        processes = [psutil.Process(fresh.process.pid)]
+        assert any((tmp_path / "temporary").iterdir())
+    assert not [process for process in processes if process.is_running()]
+    assert not any((tmp_path / "temporary").iterdir())
+    assert fresh.process.exitcode == 0
+    assert pool.workers in ([], [fresh])
+    for thread in threading.enumerate():
+        if thread.name in ("read-cpu", "write-cpu"):
+            await asyncio.to_thread(thread.join, 10)
+    assert threads() == set()
+
+
+@on_loop
+async def test_what_a_worker_said_before_its_death_is_heard(tmp_path: Path) -> None:
+    heard: list[ToParent | None] = []
+    worker = Worker("cpu", Settings(), (), tmp_path, lambda worker, message: heard.append(message))
+    last_words = Done(1, answer())
+    worker._child_end.send(last_words)
+    worker._child_end.close()
+    worker.process = cast(Any, FakeProcess())
+    worker.submit(explain(2))  # which cannot be sent any more
+    writer = threading.Thread(target=worker._write)
+    writer.start()
+    await asyncio.to_thread(writer.join, 0.2)
+    await asyncio.to_thread(worker._read)
+    await settle()
+    await asyncio.to_thread(writer.join)
+    assert heard == [last_words, None]
+
+
+# Without processes
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long each start was put off; the waiting itself is left out."""
+    seen: list[float] = []
+    real = asyncio.sleep
+
+    async def sleep(delay: float) -> None:
+        if delay:
+            seen.append(delay)
+        await real(0)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    return seen
+
+
+async def die_at_once(bench: Bench, times: int) -> FakeWorker:
+    worker = bench.worker
+    for _ in range(times):
+        worker.die()
+        worker = await bench.started()
+    return worker
+
+
+@on_loop
+async def test_a_worker_that_dies_at_once_is_started_again_after_ever_longer_waits(waits: list[float]) -> None:
+    async with Bench() as bench:
+        await die_at_once(bench, 8)
+        assert waits == [1, 3, 7, 15, 30, 30, 30]  # the first start is not put off
+        assert max(waits) == MAX_BACKOFF_S
+        assert len(bench.pool.workers) == 1
+
+
+@on_loop
+async def test_a_worker_that_served_is_replaced_without_a_wait(waits: list[float]) -> None:
+    async with Bench() as bench:
+        fresh = await die_at_once(bench, 4)
+        assert waits == [1, 3, 7]
+        fresh.serve("tiny")
+        fresh.die()
+        await bench.started()
+        assert waits == [1, 3, 7]
+
+
+@on_loop
+async def test_each_device_has_waits_of_its_own(waits: list[float]) -> None:
+    async with Bench(devices=2) as bench:
+        await die_at_once(bench, 3)
+        assert waits == [1, 3]
+        bench.workers[1].die()
+        assert (await bench.started()).device == "cuda:1"
+        assert waits == [1, 3]
+
+
+@on_loop
+async def test_it_is_tried_again_for_ever(waits: list[float]) -> None:
+    async with Bench() as bench:
+        bench.pool._failures[bench.worker.device] = 5000
+        bench.worker.die()
+        await asyncio.wait_for(bench.started(), 1)
+        assert waits == [MAX_BACKOFF_S]
+
+
+@on_loop
+async def test_a_start_that_fails_is_repeated(waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Bench() as bench:
+        start = FakeWorker.start
+
+        def fail_once(worker: FakeWorker) -> None:
+            monkeypatch.setattr(FakeWorker, "start", start)
+            raise OSError(11, "Resource temporarily unavailable")
+
+        monkeypatch.setattr(FakeWorker, "start", fail_once)
+        bench.worker.die()
+        fresh = await asyncio.wait_for(bench.started(), 1)
+        assert bench.pool.workers == [fresh]
+
+
+@on_loop
+async def test_the_death_of_a_worker_is_told_with_its_jobs_in_order_and_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with Bench() as bench:
+        bench.worker.serve("tiny", capacity=2)
+        tasks = [await bench.ask() for _ in range(2)]
+        with caplog.at_level(logging.ERROR):
+            bench.worker.die()
+        assert "under 2 jobs" in caplog.text
+        fresh = await bench.started()
+        fresh.serve("tiny", capacity=2)
+        for job_id in (1, 2):
+            fresh.finish(job_id)
+            await settle()
+        assert fresh.ids == [1, 2]
+        await asyncio.gather(*tasks)
+
+
+@on_loop
+async def test_a_worker_serves_when_it_has_told_of_every_model() -> None:
+    async with Bench("tiny", "other", "broken") as bench:
+        bench.worker.hello()
+        assert bench.pool.methods == (METHOD,)
+        for info in (ModelInfo("tiny", "ready"), ModelInfo("broken", "failed")):
+            bench.worker.tell(info)
+            assert not bench.worker.serves
+        bench.worker.tell(ModelInfo("other", "ready"))
+        assert bench.worker.serves
+
+
+@on_loop
+async def test_free_is_the_least_busy_worker_with_the_model_and_room() -> None:
+    async with Bench("tiny", "other", devices=3) as bench:
+        one, two, three = bench.workers
+        assert bench.pool.free_worker("tiny") is None
+        one.serve("tiny", capacity=3)
+        two.serve("tiny", capacity=3)
+        three.serve("other", capacity=3)
+        one.jobs |= {1, 2}
+        two.jobs |= {3}
+        assert bench.pool.free_worker("tiny") is two
+        two.jobs |= {4, 5}
+        assert bench.pool.free_worker("tiny") is one
+        one.jobs |= {6}
+        assert bench.pool.free_worker("tiny") is None
+        assert bench.pool.free_worker("other") is three
+        assert bench.pool.free_worker("unknown") is None
+
+
+@on_loop
+async def test_no_worker_is_started_once_it_stops() -> None:
+    bench = Bench(devices=2)
+    async with bench:
+        one, two = bench.workers
+        one.die()  # its replacement is on its way
+    two.die()
+    await settle()
+    assert two.stopped
+    assert len(bench.pool.workers) <= 1
+
+
+@on_loop
+async def test_it_stops_while_a_worker_is_being_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, go = threading.Event(), threading.Event()
+
+    class Unstarted(FakeProcess):
+        def join(self, timeout: float | None = None) -> None:
+            assert go.is_set(), "can only join a started process"  # as multiprocessing says
+
+    def start(worker: FakeWorker) -> None:
+        monkeypatch.setattr(worker, "process", Unstarted())
+        entered.set()
+        go.wait(30)
+
+    bench = Bench()
+    async with bench:
+        folder = Path(bench.pool._folder.name)
+        monkeypatch.setattr(FakeWorker, "start", start)
+        bench.worker.die()
+        await asyncio.to_thread(entered.wait, 30)
+        asyncio.get_running_loop().call_later(0.05, go.set)
+        try:
+            await bench.pool.stop(1)
+            assert not await asyncio.to_thread(folder.exists)
+        finally:
+            go.set()
+            bench.pool.workers.clear()
+
+
+def test_only_a_process_that_does_not_leave_in_time_is_killed() -> None:
+    polite, stubborn = (FakeWorker("cpu", lambda worker, message: None, lambda worker: None) for _ in range(2))
+    polite.gone.set()
+    stubborn.process.kill = stubborn.gone.set  # type: ignore[method-assign]
+    _wait_or_kill([polite, stubborn], 0)
+    assert stubborn.gone.is_set()
+    assert cast(Any, polite.process).calls == []
