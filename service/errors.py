@@ -9,6 +9,9 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+# Of a wrong name so many characters are told: a client may write megabytes.
+MAX_ECHO = 100
+
 
 @dataclass(frozen=True)
 class FieldError:

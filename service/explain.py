@@ -132,8 +132,9 @@ def _only(value: object) -> object:
 
 
 Flag = Annotated[bool, BeforeValidator(_as_bool, json_schema_input_type=bool | Literal["true", "false"])]
+Name = Annotated[str, Field(min_length=1)]
 Layer = Annotated[
-    str, BeforeValidator(_only, json_schema_input_type=str | Annotated[list[str], Field(min_length=1, max_length=1)])
+    str, BeforeValidator(_only, json_schema_input_type=Name | Annotated[list[Name], Field(min_length=1, max_length=1)])
 ]
 
 

@@ -51,6 +51,9 @@ class Settings(BaseModel):
     max_body_bytes: int = Field(32 * MIB, ge=1, description="bytes of one request's body")
     max_pictures: int = Field(64, ge=1, description="pictures of one request")
     max_pixels: int = Field(50_000_000, ge=1, description="pixels of one picture, read from its header")
+    max_request_pixels: int = Field(
+        200_000_000, ge=1, description="pixels of all pictures of one request; they are in memory together"
+    )
     timeout_s: float = Field(30.0, gt=0, le=3600, description="deadline of a request that names none, in seconds")
     body_timeout_s: float = Field(30.0, gt=0, description="seconds within which a body must have arrived")
     grace_s: float = Field(30.0, ge=0, description="seconds that accepted requests get after SIGTERM")

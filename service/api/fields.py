@@ -10,10 +10,9 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from service.api.schemas import HeatmapFields, InferFields
-from service.errors import FieldError, InvalidRequest, nearest
+from service.errors import MAX_ECHO, FieldError, InvalidRequest, nearest
 
 MAX_ERRORS = 10
-MAX_ECHO = 100
 MAX_DIGITS = 15
 
 Fields = TypeVar("Fields", bound=InferFields)

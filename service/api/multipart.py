@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from service.api.fields import MAX_ECHO, wrong
-from service.errors import BodyTooLarge, MalformedBody, TooManyPictures
+from service.api.fields import wrong
+from service.errors import MAX_ECHO, BodyTooLarge, MalformedBody, TooManyPictures
 
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 * 1024

@@ -9,7 +9,7 @@ import re
 import warnings
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from service.errors import TooManyPixels, UndecodablePicture
@@ -41,11 +41,10 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     UndecodablePicture for anything else that cannot be read to its end.
     """
     image = _open(data)
-    pixels = image.width * image.height
-    if pixels > max_pixels:
-        raise TooManyPixels(
-            f"The picture has {image.width} x {image.height} = {pixels} pixels; the limit is {max_pixels}."
-        )
+    for what, (width, height) in {"picture": image.size, "picture's first tile": _tile(image)}.items():
+        if width * height > max_pixels:
+            detail = f"The {what} has {width} x {height} = {width * height} pixels; the limit is {max_pixels}."
+            raise TooManyPixels(detail)
     try:
         image.load()
         rgb = _to_rgb(image)
@@ -88,6 +87,14 @@ def _open(data: bytes) -> Image.Image:
         ) from error
     except Exception as error:
         raise UndecodablePicture(f"The picture's header is damaged: {error}.") from error
+
+
+def _tile(image: Image.Image) -> tuple[int, int]:
+    """Width and height of a TIFF's tiles: one is decoded whole, however small the picture in it."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 0, 0
+    width, height = (image.tag_v2.get(tag) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
+    return (width, height) if isinstance(width, int) and isinstance(height, int) else (0, 0)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -9,11 +9,13 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx
 
-from service.errors import InvalidGenParams, ModelLoadError, UnknownLayer, nearest
+from service.errors import MAX_ECHO, InvalidGenParams, ModelLoadError, UnknownLayer, nearest
 from service.models.grids import BATCH_NORMS, CONVOLUTIONS, Grid, find_grid
 from service.models.program import Program, gradient_of, is_size
 
 aten = torch.ops.aten
+
+MAX_DIGITS = 10  # of a number in a layer's name; int() refuses some thousands
 
 WEIGHTED = CONVOLUTIONS | {aten.linear.default, aten.matmul.default, aten.bmm.default}
 
@@ -126,8 +128,9 @@ class LayerTable:
         if name in self._by_name:
             return self._by_name[name]
         path, _, call = name.rpartition("@")
-        if call.isdecimal() and (path, int(call)) in self._calls:
+        if call.isdecimal() and len(call) < MAX_DIGITS and (path, int(call)) in self._calls:
             return self._row(path, int(call), name)
+        name = name[:MAX_ECHO]
         hint = nearest(name, (row.name for row in self._targets()))
         raise UnknownLayer(f"The network has no layer {name!r}; GET /models/<id>/layers lists them.{hint}")
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.errors import DeadlineExceeded, FieldError, ServiceError
+from service.errors import DeadlineExceeded, FieldError, ServiceError, TooManyPixels
 from service.imaging.decode import decode, decode_base64
 from service.imaging.geometry import Geometry, fit_picture, place
 from service.imaging.maps import degeneracy
@@ -94,7 +94,7 @@ class Engine:
         started = time.perf_counter()
         check()
         plan = make_plan(request, model)
-        pictures = [self._decode(model, index, data, check) for index, data in enumerate(request.pictures)]
+        pictures = self._decode_all(model, request, check)
         decoded = time.perf_counter()
         fitted = np.stack([picture.fitted for picture in pictures])
         explained = self.device.run(model, plan, fitted, check, self._settings.max_batch)
@@ -107,8 +107,18 @@ class Engine:
         timings = Timings(decode=decoded - started, compute=computed - decoded, render=rendered - computed)
         return Answer(model.id, model.revision, results, timings)
 
-    def _decode(self, model: Model, index: int, data: bytes | str, check: Callable[[], None]) -> Picture:
-        check()
+    def _decode_all(self, model: Model, request: ExplainRequest, check: Callable[[], None]) -> list[Picture]:
+        pictures: list[Picture] = []
+        pixels, limit = 0, self._settings.max_request_pixels
+        for index, data in enumerate(request.pictures):
+            check()
+            pictures.append(self._decode(model, index, data))
+            pixels += pictures[-1].upright.width * pictures[-1].upright.height
+            if pixels > limit:
+                raise TooManyPixels(f"The first {index + 1} pictures have {pixels} pixels; a request may have {limit}.")
+        return pictures
+
+    def _decode(self, model: Model, index: int, data: bytes | str) -> Picture:
         try:
             upright = decode(decode_base64(data) if isinstance(data, str) else data, self._settings.max_pixels)
         except ServiceError as error:

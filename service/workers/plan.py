@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 import service.methods  # noqa: F401  (registers the methods)
-from service.errors import FieldError, InvalidGenParams, InvalidRequest, UnknownClass, UnknownMethod, nearest
+from service.errors import (
+    MAX_ECHO,
+    FieldError,
+    InvalidGenParams,
+    InvalidRequest,
+    UnknownClass,
+    UnknownMethod,
+    nearest,
+)
 from service.explain import REGISTRY, LayerParams, Method
 from service.models.layers import Target
 from service.models.resident import Model
@@ -39,7 +47,8 @@ class Plan:
 
 def make_plan(request: ExplainRequest, model: Model) -> Plan:
     """Resolve a request. Raises the InvalidRequest that names the field and what would be right."""
-    methods = [_method(name, index) for index, name in enumerate(request.methods)]
+    listed = len(request.methods) > 1  # a client may write one method without a list around it
+    methods = [_method(name, f"/method/{i}" if listed else "/method") for i, name in enumerate(request.methods)]
     tasks = tuple(_task(method, request.gen_params, methods, model) for method in methods)
     classes = tuple(
         tuple(_class_id(reference, model.labels) for reference in references) for references in request.target_classes
@@ -47,10 +56,10 @@ def make_plan(request: ExplainRequest, model: Model) -> Plan:
     return Plan(tasks, classes)
 
 
-def _method(name: str, index: int) -> Method:
+def _method(name: str, pointer: str) -> Method:
     if name not in REGISTRY:
         detail = f"There is no method {name!r}; GET /methods lists them.{nearest(name, REGISTRY)}"
-        raise UnknownMethod(detail, errors=(FieldError(f"/method/{index}", detail),))
+        raise UnknownMethod(detail, errors=(FieldError(pointer, detail),))
     return REGISTRY[name]
 
 
@@ -84,12 +93,13 @@ def _validated(method: Method, gen_params: Mapping[str, object], values: Mapping
     except ValidationError as error:
         problem = error.errors()[0]
         key = str(problem["loc"][0])
-        path = _path(method, gen_params, key)
+        path = tuple(step[:MAX_ECHO] for step in _path(method, gen_params, key))
         if problem["type"] != "extra_forbidden":
             detail = f"{key!r} of {method.name}: {problem['msg']}, got {reprlib.repr(problem['input'])}."
             raise _wrong(detail, *path) from None
         known = method.Params.model_fields
-        detail = f"{method.name} takes no parameter {key!r}, but {', '.join(known)}.{nearest(key, known)}"
+        hint = nearest(key[:MAX_ECHO], (*known, *REGISTRY))
+        detail = f"{method.name} takes no parameter {key[:MAX_ECHO]!r}, but {', '.join(known)}.{hint}"
         raise _wrong(detail, *path) from None
 
 

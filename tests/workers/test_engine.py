@@ -20,6 +20,7 @@ from service.errors import (
     InvalidRequest,
     OutOfDeviceMemory,
     ServiceError,
+    TooManyPixels,
     UndecodablePicture,
     UnknownClass,
     UnknownMethod,
@@ -368,3 +369,11 @@ def test_closing_leaves_no_thread_and_finishes_what_runs() -> None:
     engine.close()
     error(seen.get(timeout=60).outcome, ServiceError)  # it has no model: the queue never sends it such a request
     assert set(threading.enumerate()) <= before
+
+
+def test_the_pictures_of_one_request_are_bounded_together(engine: Engine) -> None:
+    limited = Engine(engine.device, Settings(max_request_pixels=2 * 40 * 48))
+    limited.models = engine.models
+    assert len(limited.explain(asked(2, method="grad_cam")).results) == 2
+    with pytest.raises(TooManyPixels, match="first 3 pictures have 5760 pixels; a request may have 3840"):
+        limited.explain(asked(3, method="grad_cam"))

@@ -32,7 +32,7 @@ def refusal(kind: type[InvalidRequest], pointer: str, *classes: tuple[int | str,
 
 
 def test_an_unknown_method_names_the_nearest() -> None:
-    assert "'grad_cam'" in refusal(UnknownMethod, "/method/0", methods=("grad_cm",))
+    assert "'grad_cam'" in refusal(UnknownMethod, "/method", methods=("grad_cm",))
     assert "'guided_grad_cam'" in refusal(UnknownMethod, "/method/1", methods=("grad_cam", "guided_gradcam"))
 
 
