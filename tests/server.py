@@ -16,6 +16,7 @@ import httpx
 import psutil
 
 START_S = 120.0
+STOP_S = 30.0
 
 
 class Server:
@@ -68,7 +69,7 @@ def wait_until(condition: object, timeout_s: float, server: Server | None = None
 
 @contextlib.contextmanager
 def running(folder: Path, *options: str, ready: bool = True, **environment: str) -> Iterator[Server]:
-    """A server with the given options of `serve`; its log goes to `folder`. Killed in the end if it still runs."""
+    """A server with the given options of `serve`; its log goes to `folder`."""
     log = folder / "server.log"
     command = [sys.executable, "-m", "service", "serve", "--port", "0", "--device", "cpu", *options]
     with log.open("w") as output:
@@ -85,9 +86,9 @@ def running(folder: Path, *options: str, ready: bool = True, **environment: str)
             server.wait_ready()
         yield server
     finally:
-        family = server.family() if process.poll() is None else []
-        process.kill()
-        process.wait()
-        for child in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
+        process.terminate()
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,18 +40,19 @@ def main(connection: Connection, device: str, settings: Settings, entries: tuple
 
     loading = threading.Thread(target=load_all, name="load", daemon=True)
     loading.start()
-    with contextlib.suppress(EOFError, OSError):
+    try:
         while not isinstance(message := connection.recv(), Stop):
             match message:
                 case Job() as job:
                     engine.submit(job, send)
                 case Cancel(id=job_id):
                     engine.cancel(job_id)
-        engine.close()
-        if not loading.is_alive():
-            return
-    # The parent is gone, or a model is loading: an ordinary exit would wait for jobs, or tear torch down under it.
-    os._exit(0)
+    except (EOFError, OSError):  # the parent is gone, and nobody else would clean up
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
+    engine.close()
+    if loading.is_alive():  # an ordinary exit would tear torch down under it
+        os._exit(0)
 
 
 def _describe(method: Method) -> MethodInfo:

@@ -30,7 +30,8 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def mortal(tmp_path: Path) -> Iterator[Server]:
     """A server that a test may bring to its end."""
     write_tiny(tmp_path / "models" / "tiny")
-    with running(tmp_path, "--models", str(tmp_path / "models")) as server:
+    (tmp_path / "temporary").mkdir()
+    with running(tmp_path, "--models", str(tmp_path / "models"), TMPDIR=str(tmp_path / "temporary")) as server:
         yield server
 
 
@@ -132,7 +133,8 @@ def test_sigterm_answers_what_was_accepted_refuses_the_rest_and_leaves_nobody(mo
     wait_until(lambda: not any(process.is_running() for process in family), 5, mortal)
 
 
-def test_sigkill_of_the_server_takes_the_workers_along(mortal: Server, chelsea: bytes) -> None:
+def test_sigkill_of_the_server_takes_the_workers_along(mortal: Server, chelsea: bytes, tmp_path: Path) -> None:
+    (folder,) = (tmp_path / "temporary").glob("heatmap-service-*")
     family = mortal.family()
     assert mortal.workers()
     with ThreadPoolExecutor(1) as pool:
@@ -142,6 +144,7 @@ def test_sigkill_of_the_server_takes_the_workers_along(mortal: Server, chelsea: 
             answer.result()
     mortal.wait_exit(timeout_s=10)
     wait_until(lambda: not any(alive(process) for process in family), 10, mortal)
+    assert not folder.exists()
 
 
 def alive(process: psutil.Process) -> bool:
