@@ -1,12 +1,10 @@
 PYTHON ?= python3
-HOST ?= 127.0.0.1
-PORT ?= 8000
 BIN := .venv/bin
 
 .PHONY: serve test check install openapi clean
 
 serve: .venv/installed
-	$(BIN)/heatmap-service serve --host $(HOST) --port $(PORT)
+	$(BIN)/heatmap-service serve $(if $(PORT),--port $(PORT))
 
 test: .venv/installed
 	$(BIN)/pytest
@@ -30,5 +28,6 @@ clean:
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: PYTHON=python3.12 make")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo 'Installing into .venv; the first time brings PyTorch and takes some minutes.'
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[test]'
 	touch $@

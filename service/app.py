@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import FrameType
@@ -67,7 +68,7 @@ class Server(uvicorn.Server):
             host=settings.host,
             port=settings.port,
             log_level=settings.log_level,
-            timeout_graceful_shutdown=CLOSE_S,
+            timeout_graceful_shutdown=max(CLOSE_S, math.ceil(settings.grace_s)),
         )
         super().__init__(config)
         self._dispatcher: Dispatcher = app.state.dispatcher

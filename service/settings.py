@@ -54,6 +54,11 @@ class Settings(BaseModel):
     max_request_pixels: int = Field(
         200_000_000, ge=1, description="pixels of all pictures of one request; they are in memory together"
     )
+    max_heatmap_pixels: int = Field(
+        100_000_000,
+        ge=1,
+        description="pixels of all heatmaps of one request; each counts at least as the network's input",
+    )
     timeout_s: float = Field(30.0, gt=0, le=3600, description="deadline of a request that names none, in seconds")
     body_timeout_s: float = Field(30.0, gt=0, description="seconds within which a body must have arrived")
     grace_s: float = Field(30.0, ge=0, description="seconds that accepted requests get after SIGTERM")

@@ -99,7 +99,7 @@ def explain(
 ) -> list[Explained]:
     """What plan and compute make of a request, on a device of its own."""
     with closing(Device("cpu", streams)) as device:
-        return device.run(model, make_plan(asked, model), fitted, lambda: None, max_batch)
+        return device.run(model, make_plan(asked, model), fitted, lambda: None, max_batch)[0]
 
 
 def close_to(ours: Tensor | NDArray[Any], oracle: Tensor | NDArray[Any]) -> float:

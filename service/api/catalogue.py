@@ -9,10 +9,7 @@ from fastapi import APIRouter, Path, Query
 from service.api import openapi
 from service.api.responses import ClassLabel, ClassList, Layer, LayerList, Method, MethodList, Model, ModelList
 from service.dispatch.dispatcher import Dispatcher
-from service.errors import ModelFailed, ModelLoading, ModelNotFound, NoWorker
-from service.workers.messages import ModelInfo
-
-LOADING_RETRY_S = 5.0
+from service.errors import ModelFailed, ModelLoading, ModelNotFound, ModelTypeNotSupported, NoWorker
 
 ModelId = Annotated[str, Path(alias="id", description="A model's id, from `GET /models`.")]
 NamePart = Annotated[str, Query(description="A part of the name, whatever its case; or the digits of an id.")]
@@ -22,7 +19,7 @@ def create_router(dispatcher: Dispatcher) -> APIRouter:
     """The GET endpoints under `/models` and `/methods`."""
     router = APIRouter(tags=["catalogue"])
     model_problems = openapi.problems(ModelNotFound)
-    detail_problems = openapi.problems(ModelNotFound, ModelLoading, ModelFailed)
+    detail_problems = openapi.problems(ModelNotFound, ModelTypeNotSupported, ModelLoading, ModelFailed)
 
     @router.get("/models", summary="List the models", operation_id="listModels")
     async def list_models() -> ModelList:
@@ -39,7 +36,7 @@ def create_router(dispatcher: Dispatcher) -> APIRouter:
     )
     async def list_layers(model_id: ModelId) -> LayerList:
         """The summary of the network: which layers can be `target_conv_layer`, and why others can't."""
-        info = _loaded(dispatcher.model(model_id))
+        info = dispatcher.loaded(model_id)
         return LayerList(layers=[Layer.model_validate(layer) for layer in info.layers])
 
     @router.get(
@@ -47,7 +44,7 @@ def create_router(dispatcher: Dispatcher) -> APIRouter:
     )
     async def list_classes(model_id: ModelId, query: NamePart = "") -> ClassList:
         """The classes that the model knows, or those that match the query."""
-        info = _loaded(dispatcher.model(model_id))
+        info = dispatcher.loaded(model_id)
         part = query.casefold()
         return ClassList(
             classes=[
@@ -65,11 +62,3 @@ def create_router(dispatcher: Dispatcher) -> APIRouter:
         return MethodList(methods=[Method.model_validate(info) for info in dispatcher.methods()])
 
     return router
-
-
-def _loaded(info: ModelInfo) -> ModelInfo:
-    if info.state == "loading":
-        raise ModelLoading(f"Model {info.id!r} is in its first load.", retry_after=LOADING_RETRY_S)
-    if info.state == "failed":
-        raise ModelFailed(f"Model {info.id!r} could not be loaded: {info.reason}")
-    return info

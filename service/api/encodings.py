@@ -18,6 +18,8 @@ from service.settings import Settings
 
 ACCEPTED = "multipart/form-data, application/json, image/* and application/octet-stream"
 
+MAX_JSON_VALUES = 100_000
+
 Picture = bytes | str
 Content = tuple[dict[str, object], list[Picture]]
 Reader = Callable[[Request, Body, Settings], Awaitable[Content]]
@@ -75,8 +77,11 @@ async def _multipart(request: Request, body: Body, settings: Settings) -> Conten
 
 
 async def _json(_request: Request, body: Body, settings: Settings) -> Content:
+    text = await body.read()
+    if text.count(b",") > MAX_JSON_VALUES:  # base64 has no commas; many small values would hold the event loop
+        raise InvalidRequest(f"The body has more than {MAX_JSON_VALUES} JSON values.")
     try:
-        values = from_json(await body.read(), allow_inf_nan=False)
+        values = from_json(text, allow_inf_nan=False)
     except ValueError as error:
         raise MalformedBody(f"The body is no JSON: {error}.") from None
     if not isinstance(values, dict):

@@ -99,7 +99,7 @@ def create_router(dispatcher: Dispatcher, settings: Settings) -> APIRouter:
     )
     async def create_heatmaps(model_id: ModelId, request: Request) -> Response:
         """Class confidences and, per picture, method and target class, one heatmap of what the class was seen in."""
-        dispatcher.model(model_id)
+        dispatcher.check_open(model_id)
         payload = await read_payload(request, HeatmapFields, settings)
         targets = targets_of(payload)
         choice = choose(_accept(request), payload.fields, count_heatmaps(payload.fields, targets))
@@ -119,7 +119,7 @@ def create_router(dispatcher: Dispatcher, settings: Settings) -> APIRouter:
     )
     async def infer_classes(model_id: ModelId, request: Request) -> Response:
         """Class confidences of each picture, without heatmaps."""
-        dispatcher.model(model_id)
+        dispatcher.check_open(model_id)
         choose_json(_accept(request))
         payload = await read_payload(request, InferFields, settings)
         work = infer_request(model_id, payload)

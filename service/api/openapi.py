@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from fastapi import FastAPI
@@ -41,6 +42,7 @@ def install(app: FastAPI) -> None:
     """Add the schemas that routes refer to by name, and that no route of FastAPI's own returns."""
     generate = app.openapi
 
+    @functools.cache
     def openapi() -> Schema:
         document = generate()
         _drop_fastapis_422(document)

@@ -37,11 +37,9 @@ def problem(scope: Scope, error: ServiceError) -> Response:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if isinstance(error, BodyTimeout):
         headers["Connection"] = "close"  # the rest of the body may never come
-    response = _response(scope, error.status, error.code, error.title, error.detail, headers)
-    if error.errors:
-        pointed = [{"pointer": place.pointer, "detail": place.detail} for place in error.errors]
-        response = _response(scope, error.status, error.code, error.title, error.detail, headers, errors=pointed)
-    return response
+    pointed = [{"pointer": place.pointer, "detail": place.detail} for place in error.errors]
+    more = {"errors": pointed} if pointed else {}
+    return _response(scope, error.status, error.code, error.title, error.detail, headers, **more)
 
 
 def _response(

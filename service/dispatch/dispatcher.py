@@ -66,6 +66,7 @@ class Dispatcher:
         self._ids = itertools.count(1)
         self._tickets: dict[int, Ticket] = {}
         self._pending: deque[Ticket] = deque()
+        self._retried: set[int] = set()
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -82,6 +83,18 @@ class Dispatcher:
         except KeyError:
             hint = nearest(model_id, self._pool.models)
             raise ModelNotFound(f"There is no model {model_id!r}; GET /models lists them.{hint}") from None
+
+    def loaded(self, model_id: str) -> ModelInfo:
+        """One model that was loaded. Raises ModelNotFound, ModelTypeNotSupported, ModelFailed or ModelLoading."""
+        info = self.model(model_id)
+        if info.type is not None and info.type != SERVED_TYPE:
+            detail = f"Model {model_id!r} is of type {info.type!r}; only {SERVED_TYPE!r} is explained."
+            raise ModelTypeNotSupported(detail)
+        if info.state == "failed":
+            raise ModelFailed(f"Model {model_id!r} could not be loaded: {info.reason}")
+        if info.state == "loading":
+            raise ModelLoading(f"Model {model_id!r} is in its first load.", retry_after=STARTING_RETRY_S)
+        return info
 
     def methods(self) -> tuple[MethodInfo, ...]:
         """The heatmap methods that the workers know. Raises NoWorker before the first worker has told."""
@@ -107,7 +120,7 @@ class Dispatcher:
         `size_bytes` is what the request holds in memory; `timeout_s` the time it has, queueing included.
         Raises the ServiceError that the contract names for what went wrong.
         """
-        self._check_admission(request, size_bytes)
+        self.check_open(request.model_id, len(request.pictures), size_bytes)
         now = time.monotonic()
         job = Job(next(self._ids), request, deadline=now + timeout_s)
         ticket = Ticket(job, size_bytes, asyncio.get_running_loop().create_future(), accepted=now)
@@ -137,42 +150,36 @@ class Dispatcher:
                 ticket.answer.set_exception(Draining("The service shut down before the request was answered."))
         await self._idle.wait()
 
-    def _check_admission(self, request: ExplainRequest, size_bytes: int) -> None:
+    def check_open(self, model_id: str, pictures: int = 0, size_bytes: int = 0) -> None:
+        """Raise the ServiceError that a request of this size would be refused with now.
+
+        Without a size: whether it is of any use to send one.
+        """
         if self._draining:
             raise Draining("The service is shutting down; another replica may answer.", retry_after=STARTING_RETRY_S)
-        self._check_model(request.model_id)
-        limits = (
-            ("requests", 1, len(self._tickets), self._settings.max_queue),
-            (
-                "pictures",
-                len(request.pictures),
-                sum(t.pictures for t in self._tickets.values()),
-                self._settings.max_queue_pictures,
-            ),
-            ("bytes", size_bytes, sum(t.size_bytes for t in self._tickets.values()), self._settings.max_queue_bytes),
+        self._check_served(model_id)
+        tickets = self._tickets.values()
+        self._check_room("requests", 1, len(tickets), self._settings.max_queue)
+        self._check_room(
+            "pictures", pictures, sum(ticket.pictures for ticket in tickets), self._settings.max_queue_pictures
         )
-        for unit, more, held, limit in limits:
-            if more > limit:
-                kind = TooManyPictures if unit == "pictures" else BodyTooLarge
-                raise kind(f"The request brings {more} {unit}; the queue never holds more than {limit}.")
-            if held + more > limit:
-                detail = f"The queue holds {held} {unit} of at most {limit}, and this request brings {more} more."
-                raise QueueFull(detail, retry_after=1.0)
+        self._check_room(
+            "bytes", size_bytes, sum(ticket.size_bytes for ticket in tickets), self._settings.max_queue_bytes
+        )
 
-    def _check_model(self, model_id: str) -> None:
-        info = self.model(model_id)
+    def _check_room(self, unit: str, more: int, held: int, limit: int) -> None:
+        if more > limit:
+            kind = TooManyPictures if unit == "pictures" else BodyTooLarge
+            raise kind(f"The request brings {more} {unit}; the queue never holds more than {limit}.")
+        if held + more > limit:
+            detail = f"The queue holds {held} {unit} of at most {limit}, and this request brings {more} more."
+            raise QueueFull(detail, retry_after=1.0)
+
+    def _check_served(self, model_id: str) -> None:
         if any(worker.has(model_id) for worker in self._pool.workers):
             return
-        if info.type is not None and info.type != SERVED_TYPE:
-            detail = (
-                f"Model {model_id!r} is of type {info.type!r}; heatmaps are made of models of type {SERVED_TYPE!r}."
-            )
-            raise ModelTypeNotSupported(detail)
-        if info.state == "failed":
-            raise ModelFailed(f"Model {model_id!r} could not be loaded: {info.reason}")
-        if info.state == "loading":
-            raise ModelLoading(f"Model {model_id!r} is in its first load.", retry_after=STARTING_RETRY_S)
-        raise NoWorker(f"No worker serves model {model_id!r} now; one is starting.", retry_after=STARTING_RETRY_S)
+        info = self.loaded(model_id)
+        raise NoWorker(f"No worker serves model {info.id!r} now; one is starting.", retry_after=STARTING_RETRY_S)
 
     def changed(self) -> None:
         """A worker may have room now, or a model more."""
@@ -182,7 +189,7 @@ class Dispatcher:
 
     def _hand_over(self) -> None:
         """Give waiting requests, oldest first, to workers with room. A worker that is full blocks nobody else."""
-        alone = {t.worker for t in self._tickets.values() if t.losses and t.worker and t.job.id in t.worker.jobs}
+        alone = {worker for worker in self._pool.workers if not worker.jobs.isdisjoint(self._retried)}
         for ticket in tuple(self._pending):
             worker = self._pool.free_worker(ticket.job.request.model_id, alone)
             if worker is None:
@@ -197,6 +204,7 @@ class Dispatcher:
 
     def done(self, done: Done) -> None:
         """A worker answered a job, or says what was wrong with it."""
+        self._retried.discard(done.id)
         ticket = self._tickets.get(done.id)
         if ticket is None or ticket.answer.done():
             return
@@ -209,6 +217,7 @@ class Dispatcher:
 
     def lost(self, job_ids: tuple[int, ...]) -> None:
         """A worker died under these jobs: an explanation is a pure function, so each is tried once more."""
+        self._retried.difference_update(job_ids)
         for job_id in reversed(job_ids):
             ticket = self._tickets.get(job_id)
             if ticket is None or ticket.answer.done():
@@ -216,6 +225,7 @@ class Dispatcher:
             ticket.losses += 1
             ticket.worker = None
             if ticket.losses < MAX_LOSSES:
+                self._retried.add(job_id)
                 self._pending.appendleft(ticket)
             else:
                 ticket.answer.set_exception(
@@ -230,6 +240,7 @@ class Dispatcher:
         del self._tickets[ticket.job.id]
         if ticket in self._pending:
             self._pending.remove(ticket)
+            self._retried.discard(ticket.job.id)
         if ticket.worker is not None:
             ticket.worker.cancel(ticket.job.id)
         if not self._tickets:

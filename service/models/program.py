@@ -5,6 +5,7 @@ Nothing is ever registered on a module and no `.grad` is written: two requests c
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from service.errors import ModelLoadError
+
+logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
@@ -35,7 +38,10 @@ ACTIVATIONS = frozenset(
     }
 )
 REASON_LENGTH = 400
-SQUASHING = {"softmax": (aten.softmax.int, aten._softmax.default), "sigmoid": (aten.sigmoid.default,)}
+SQUASHING = {  # the logarithm of a softmax is not the logit either
+    "softmax": (aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default),
+    "sigmoid": (aten.sigmoid.default,),
+}
 
 
 def _copy_out_of_place(self: Tensor, source: Tensor, _non_blocking: bool = False) -> Tensor:
@@ -49,8 +55,8 @@ def capture(module: nn.Module, example: Tensor, file: Path | None = None) -> fx.
     `example` is a batch of two or more, (N,3,H,W). The graph is kept in `file`, or taken from it if it is there.
     Raises ModelLoadError where the network cannot be captured.
     """
-    if file is not None and file.exists():
-        return _module(torch.export.load(file))
+    if file is not None and (kept := _kept(file)) is not None:
+        return kept
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     try:
         program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
@@ -59,10 +65,26 @@ def capture(module: nn.Module, example: Tensor, file: Path | None = None) -> fx.
         reason = " ".join(str(error).split())[:REASON_LENGTH]
         raise ModelLoadError(f"torch.export cannot capture the network: {type(error).__name__}: {reason}") from error
     if file is not None:
-        partial = file.with_suffix(f".{threading.get_native_id()}.pt2")
+        _keep(program, file)
+    return _module(program)
+
+
+def _kept(file: Path) -> fx.GraphModule | None:
+    """What an earlier process captured. A file that cannot be read costs a new capture, and nothing else."""
+    try:
+        return _module(torch.export.load(file)) if file.exists() else None
+    except Exception:
+        logger.warning("the captured program %s cannot be read", file, exc_info=True)
+        return None
+
+
+def _keep(program: torch.export.ExportedProgram, file: Path) -> None:
+    partial = file.with_suffix(f".{threading.get_native_id()}.pt2")
+    try:
         torch.export.save(program, partial)
         partial.replace(file)
-    return _module(program)
+    except Exception:
+        logger.warning("the captured program could not be kept in %s", file, exc_info=True)
 
 
 def _module(program: torch.export.ExportedProgram) -> fx.GraphModule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,13 @@ class Model:
     def normalise(self, pictures: NDArray[np.uint8]) -> Tensor:
         """The network's input, float32 (N,3,H,W), from fitted pictures (N,H,W,3)."""
         images = torch.from_numpy(pictures).to(self.device).movedim(3, 1).contiguous()
-        mean, std = (
-            torch.tensor(values, device=self.device)[:, None, None]
-            for values in (self.spec.input.mean, self.spec.input.std)
-        )
+        mean, std = self._mean_std
         return (images.float() / 255 - mean) / std
+
+    @cached_property
+    def _mean_std(self) -> tuple[Tensor, Tensor]:
+        values = torch.tensor([self.spec.input.mean, self.spec.input.std], device=self.device)
+        return values[0, :, None, None], values[1, :, None, None]
 
     def confidences(self, logits: Tensor) -> Tensor:
         """Probabilities (N,classes): softmax, or sigmoid where the classes are independent."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
@@ -31,10 +31,6 @@ _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 _Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)]
 
 
-def _default_resize(values: Mapping[str, tuple[int, int]]) -> int:
-    return round(max(values["size"]) * 256 / 224)
-
-
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,7 +40,7 @@ class InputSpec(_Section):
 
     size: tuple[_Pixels, _Pixels] = (224, 224)
     fit: Literal["crop", "stretch", "letterbox"] = "crop"
-    resize: Annotated[int, Field(strict=True, ge=1, le=8192)] = Field(default_factory=_default_resize)
+    resize: Annotated[int, Field(strict=True, ge=1, le=8192)] = 256
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     mean: tuple[_Number, _Number, _Number] = (0.485, 0.456, 0.406)
     std: tuple[_Positive, _Positive, _Positive] = (0.229, 0.224, 0.225)
@@ -163,8 +159,7 @@ def _inside(name: str) -> str:
 
 def _problems(error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
-        if problem["type"] != "default_factory_not_called":  # it follows from another problem
-            yield _sentence(problem)
+        yield _sentence(problem)
 
 
 def _sentence(problem: ErrorDetails) -> str:

@@ -35,6 +35,7 @@ def main(connection: Connection, device: str, settings: Settings, entries: tuple
     send(Hello(device, engine.capacity, tuple(_describe(method) for method in REGISTRY.values())))
 
     def load_all() -> None:
+        engine.device.enter()
         for entry in entries:
             send(ModelChanged(load_into(engine, entry, folder)))
 

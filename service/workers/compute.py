@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,13 +15,13 @@ from numpy.typing import NDArray
 from torch import fx
 
 from service.errors import OutOfDeviceMemory
-from service.explain import Pass, Trace
+from service.explain import Pass
 from service.models.resident import Model
 from service.workers.plan import Plan, Task
 
 Pixels = NDArray[np.uint8]
 
-CPU_OUT_OF_MEMORY = "can't allocate memory"
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,25 @@ class Device:
 
     def run(
         self, model: Model, plan: Plan, pictures: Pixels, check: Callable[[], None], max_batch: int
-    ) -> list[Explained]:
-        """Explain pictures (N,H,W,3) in chunks of at most `max_batch`.
+    ) -> tuple[list[Explained], float]:
+        """Explain pictures (N,H,W,3) in chunks of at most `max_batch`; also the seconds waited for a slot.
 
         `check` is called between the steps and raises where nobody waits any more. Raises OutOfDeviceMemory.
         """
         explained: list[Explained] = []
+        waited = 0.0
         for start in range(0, len(pictures), max_batch):  # one at a time: other requests get their turn in between
             chunk = slice(start, start + max_batch)
-            explained += self._executor.submit(self._chunk, model, plan, pictures, chunk, check).result()
-        return explained
+            asked = time.perf_counter()
+            part, started = self._executor.submit(self._chunk, model, plan, pictures, chunk, check).result()
+            explained += part
+            waited += started - asked
+        return explained, waited
+
+    def enter(self) -> None:
+        """Make the device the calling thread's own, for what is loaded and captured there."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def close(self) -> None:
         self._executor.shutdown(cancel_futures=True)
@@ -78,10 +88,11 @@ class Device:
 
     def _chunk(
         self, model: Model, plan: Plan, pictures: Pixels, chunk: slice, check: Callable[[], None]
-    ) -> list[Explained]:
+    ) -> tuple[list[Explained], float]:
+        started = time.perf_counter()
         stream: torch.cuda.Stream | None = self._slot.stream
         with torch.cuda.stream(stream):
-            return _explain(model, plan, pictures[chunk], plan.classes[chunk], check)
+            return _explain(model, plan, pictures[chunk], plan.classes[chunk], check), started
 
 
 def _explain(
@@ -92,7 +103,7 @@ def _explain(
     try:
         return _explain_at_once(model, plan, pictures, classes, check)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and CPU_OUT_OF_MEMORY not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise
     # Only here are the failed tensors free: the exception's traceback held them.
     if len(pictures) == 1:
@@ -117,28 +128,29 @@ def _explain_at_once(
     logits = next(iter(passes.values())).logits
     top = logits.argmax(dim=1).tolist()
     chosen = [wanted or (best,) for wanted, best in zip(classes, top, strict=True)]
-    rounds = [
-        torch.tensor([wanted[min(turn, len(wanted) - 1)] for wanted in chosen], device=images.device)
-        for turn in range(max(map(len, chosen)))
-    ]
-    traces = {node: [one.trace(targets) for targets in rounds] for node, one in passes.items()}
-    maps = [_maps(task, traces[task.target.node], chosen, check) for task in plan.tasks]
+    maps = _maps(plan.tasks, passes, chosen, check)
     confidences = model.confidences(logits).cpu().numpy()
-    return [
-        Explained(confidences[index], tuple(raw for of_task in maps for raw in of_task[index]))
-        for index in range(len(pictures))
-    ]
+    return [Explained(confidences[index], maps[index]) for index in range(len(pictures))]
 
 
 def _maps(
-    task: Task, traces: list[Trace], chosen: list[tuple[int, ...]], check: Callable[[], None]
-) -> list[list[RawMap]]:
-    """A task's maps of each picture, in the order of its classes: trace k has class k of every picture that has one."""
-    maps: list[list[RawMap]] = [[] for _ in chosen]
-    for turn, trace in enumerate(traces):
-        check()
-        values = task.method.heatmap(trace, task.params).float().cpu().numpy()
-        for index, wanted in enumerate(chosen):
-            if turn < len(wanted):
-                maps[index].append(RawMap(task, wanted[turn], values[index]))
-    return maps
+    tasks: tuple[Task, ...],
+    passes: dict[fx.Node | None, Pass],
+    chosen: list[tuple[int, ...]],
+    check: Callable[[], None],
+) -> list[tuple[RawMap, ...]]:
+    """The maps of each picture, tasks outer, classes inner; `chosen` has each picture's classes.
+
+    Computed a class at a time, so that no more than one class's gradients are in memory.
+    """
+    found: list[list[list[RawMap]]] = [[[] for _ in tasks] for _ in chosen]
+    for turn in range(max(map(len, chosen))):
+        targets = torch.tensor([wanted[min(turn, len(wanted) - 1)] for wanted in chosen])
+        traces = {node: one.trace(targets.to(one.images.device)) for node, one in passes.items()}
+        for place, task in enumerate(tasks):
+            check()
+            values = task.method.heatmap(traces[task.target.node], task.params).float().cpu().numpy()
+            for index, wanted in enumerate(chosen):
+                if turn < len(wanted):
+                    found[index][place].append(RawMap(task, wanted[turn], values[index]))
+    return [tuple(raw for of_task in of_picture for raw in of_task) for of_picture in found]

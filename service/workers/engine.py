@@ -32,7 +32,7 @@ from service.workers.messages import (
     PictureResult,
     Timings,
 )
-from service.workers.plan import make_plan
+from service.workers.plan import Plan, make_plan
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,11 @@ class Engine:
         def run() -> None:
             outcome = _outcome(lambda: self.explain(job.request, check))
             del self._waiting[job.id]
-            answer(Done(job.id, outcome))
+            try:
+                answer(Done(job.id, outcome))
+            except Exception:
+                logger.exception("an answer could not be sent")
+                answer(Done(job.id, ServiceError("A defect of the service; its log has the traceback.")))
 
         self._executor.submit(run)
 
@@ -95,17 +99,29 @@ class Engine:
         check()
         plan = make_plan(request, model)
         pictures = self._decode_all(model, request, check)
+        self._check_heatmaps(model, plan, request, pictures)
         decoded = time.perf_counter()
         fitted = np.stack([picture.fitted for picture in pictures])
-        explained = self.device.run(model, plan, fitted, check, self._settings.max_batch)
+        explained, waited = self.device.run(model, plan, fitted, check, self._settings.max_batch)
         computed = time.perf_counter()
         results = tuple(
             _result(index, picture, model, one, request, check)
             for index, (picture, one) in enumerate(zip(pictures, explained, strict=True))
         )
         rendered = time.perf_counter()
-        timings = Timings(decode=decoded - started, compute=computed - decoded, render=rendered - computed)
+        timings = Timings(waited, decoded - started, computed - decoded - waited, rendered - computed)
         return Answer(model.id, model.revision, results, timings)
+
+    def _check_heatmaps(self, model: Model, plan: Plan, request: ExplainRequest, pictures: list[Picture]) -> None:
+        least = model.fit.size[0] * model.fit.size[1]
+        pixels = 0
+        for picture, classes in zip(pictures, plan.classes, strict=True):
+            shown = least if request.size == "model" else max(least, picture.upright.width * picture.upright.height)
+            pixels += shown * len(plan.tasks) * max(1, len(classes))
+        limit = self._settings.max_heatmap_pixels
+        if pixels > limit:
+            detail = f"The heatmaps asked for have {pixels} pixels; one request may ask for {limit}."
+            raise TooManyPixels(f"{detail} Ask for fewer classes, or for the size 'model'.")
 
     def _decode_all(self, model: Model, request: ExplainRequest, check: Callable[[], None]) -> list[Picture]:
         pictures: list[Picture] = []
@@ -134,7 +150,7 @@ def _outcome(explain: Callable[[], Answer]) -> Answer | ServiceError:
         return error
     except Exception:
         logger.exception("a request failed for a reason that is ours")
-        return ServiceError("A defect of the service; the request's id finds it in the log.")
+        return ServiceError("A defect of the service; its log has the traceback.")
 
 
 def _result(
@@ -148,8 +164,8 @@ def _result(
     confidences = explained.confidences
     order = np.argsort(-confidences, kind="stable")[: request.top_k or None].tolist()
     classes = tuple(ClassScore(best, model.labels[best], float(confidences[best])) for best in order)
-    under = picture.fitted if request.size == "model" else np.asarray(picture.upright)
     heatmaps = []
+    under = picture.fitted if request.size == "model" or not explained.maps else np.asarray(picture.upright)
     for raw in explained.maps:
         check()
         heatmaps.append(_heatmap(raw, picture.geometry, under, model, float(confidences[raw.class_id]), request))

@@ -44,8 +44,9 @@ def _files(pictures: list[Path], out: Path) -> list[Path]:
     if len(pictures) == 1 and not out.is_dir():
         if out.suffix.lower() not in {*ENCODINGS, ".npy"}:
             raise OSError(f"{out}: the ending says the format: {', '.join(ENCODINGS)} or .npy")
-        return [out]
-    files = [out / f"{picture.stem}.png" for picture in pictures]
+        files = [out]
+    else:
+        files = [out / f"{picture.stem}.png" for picture in pictures]
     taken = {picture.resolve() for picture in pictures}
     for file in files:
         if file.resolve() in taken:

@@ -78,11 +78,9 @@ class StandIn(Dispatcher):
     """The real dispatcher but for its workers: `explain` keeps what it was asked, then answers or raises."""
 
     def __init__(self, *models: ModelInfo, methods: tuple[MethodInfo, ...] = (METHOD,), serves: bool = True) -> None:
-        pool = SimpleNamespace(
-            models={info.id: info for info in models or (READY,)},
-            methods=methods,
-            workers=[SimpleNamespace(serves=serves)],
-        )
+        known = {info.id: info for info in models or (READY,)}
+        worker = SimpleNamespace(serves=serves, has=lambda model_id: known.get(model_id, LOADING).state == "ready")
+        pool = SimpleNamespace(models=known, methods=methods, workers=[worker])
         super().__init__(Settings(), cast(Pool, pool))
         self.asked: list[ExplainRequest] = []
         self.sizes: list[int] = []

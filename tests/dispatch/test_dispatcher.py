@@ -642,3 +642,35 @@ async def test_the_time_in_the_queue_is_told_and_the_other_times_are_kept() -> N
         assert handed_over - queued <= timings.queue - 2.0 <= time.monotonic() - begun
         assert (timings.decode, timings.compute, timings.render) == (0.5, 0.25, 0.125)
         assert 0 <= (await first).timings.queue < handed_over - begun
+
+
+@on_loop
+async def test_a_retried_request_stays_alone_after_its_client_left() -> None:
+    async with Bench() as bench:
+        bench.worker.serve("tiny", capacity=2)
+        first = await bench.ask()
+        bench.worker.die()
+        fresh = await bench.started()
+        fresh.serve("tiny", capacity=2)
+        await settle()
+        first.cancel()
+        await settle()
+        second = await bench.ask()
+        assert len(fresh.given) == 1
+        fresh.finish(fresh.ids[0])
+        await settle()
+        assert len(fresh.given) == 2
+        fresh.finish(fresh.ids[1])
+        await second
+
+
+@on_loop
+async def test_the_door_is_closed_before_a_body_is_read() -> None:
+    async with Bench(max_queue=1) as bench:
+        bench.worker.serve("tiny")
+        bench.dispatcher.check_open("tiny")
+        waiting = await bench.ask()
+        with pytest.raises(QueueFull, match="holds 1 requests of at most 1"):
+            bench.dispatcher.check_open("tiny")
+        bench.worker.finish(1)
+        await waiting

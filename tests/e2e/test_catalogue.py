@@ -16,7 +16,7 @@ COMMITTED = Path(__file__).parents[2] / "openapi" / "openapi.json"
 INPUT = {
     "size": [32, 32],
     "fit": "stretch",
-    "resize": 37,  # 32 x 256 / 224, rounded; of no use to stretch
+    "resize": 256,
     "interpolation": "bilinear",
     "mean": [0.485, 0.456, 0.406],
     "std": [0.229, 0.224, 0.225],

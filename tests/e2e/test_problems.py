@@ -32,6 +32,7 @@ LIMITS = {
     "--max-pictures": MAX_PICTURES,
     "--max-pixels": MAX_PIXELS,
     "--max-queue": 2,
+    "--max-heatmap-pixels": 1_000_000_000,
     "--body-timeout-s": BODY_TIMEOUT_S,
 }
 EVIL_NAME = 'no. <id> "猫"; ä\r\nX-Evil: yes'

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from service.errors import ModelLoadError
 from service.models.layers import LayerTable
-from service.models.program import Program
+from service.models.program import Program, capture
 from tests.nets import (
     SMALL,
     Dense,
@@ -173,7 +173,13 @@ def test_guided_scores_are_the_plain_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("activation", "layers"), [("softmax", [nn.Softmax(dim=1)]), ("sigmoid", [nn.Sigmoid()]), ("logits", [])]
+    ("activation", "layers"),
+    [
+        ("softmax", [nn.Softmax(dim=1)]),
+        ("softmax", [nn.LogSoftmax(dim=1)]),
+        ("sigmoid", [nn.Sigmoid()]),
+        ("logits", []),
+    ],
 )
 def test_a_trailing_softmax_or_sigmoid_is_cut_off(activation: str, layers: list[nn.Module]) -> None:
     pictures = images(3, 8)
@@ -184,6 +190,7 @@ def test_a_trailing_softmax_or_sigmoid_is_cut_off(activation: str, layers: list[
     ("activation", "layers", "reason"),
     [
         ("logits", [nn.Softmax(dim=1)], "ends in softmax, but output.activation says 'logits'"),
+        ("logits", [nn.LogSoftmax(dim=1)], "ends in softmax, but output.activation says 'logits'"),
         ("logits", [nn.Sigmoid()], "ends in sigmoid, but output.activation says 'logits'"),
         ("softmax", [], "ends in logits, but output.activation says 'softmax'"),
         ("sigmoid", [nn.Softmax(dim=1)], "ends in softmax, but output.activation says 'sigmoid'"),
@@ -259,3 +266,12 @@ def test_the_gradient_through_a_cut_is_the_eager_one() -> None:
     activation, *crossing = split.head(pictures)
     (ours,) = torch.autograd.grad(split.tail(activation.requires_grad_(), *crossing)[:, 1].sum(), activation)
     assert close_to(ours, eager) < 1e-6
+
+
+def test_a_kept_program_that_cannot_be_read_or_written_costs_a_capture_alone(tmp_path: Path) -> None:
+    module, pictures = seeded(Residual), images(3, 12)
+    for file in (tmp_path / "torn.pt2", tmp_path / "nowhere" / "program.pt2"):
+        if file.parent.exists():
+            file.write_bytes(b"torn")
+        program = Program(capture(module, torch.zeros(2, 3, 12, 12), file))
+        assert torch.equal(program.forward(pictures), module(pictures))

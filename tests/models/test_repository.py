@@ -17,10 +17,17 @@ def test_folders_with_a_model_id_are_models_sorted(tmp_path: Path) -> None:
     assert scan(tmp_path) == tuple(Entry(name, tmp_path / name) for name in sorted(names))
 
 
-def test_a_linked_folder_is_a_model_and_an_empty_repository_is_empty(tmp_path: Path) -> None:
+def test_a_repository_without_a_model_says_so_and_knows_a_model_given_for_it(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"has no folder that could be a model$"):
+        scan(tmp_path)
+    (tmp_path / "model.toml").write_text("")
+    with pytest.raises(SettingsError, match=r"it is a model's folder itself: give the one above it$"):
+        scan(tmp_path)
+
+
+def test_a_linked_folder_is_a_model(tmp_path: Path) -> None:
     (tmp_path / "there" / "m").mkdir(parents=True)
     (tmp_path / "here").mkdir()
-    assert scan(tmp_path / "here") == ()
     (tmp_path / "here" / "linked").symlink_to(tmp_path / "there" / "m")
     (tmp_path / "here" / "dangling").symlink_to(tmp_path / "nowhere")
     assert [entry.id for entry in scan(tmp_path / "here")] == ["linked"]

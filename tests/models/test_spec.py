@@ -76,11 +76,6 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert (spec.output.activation, spec.serving.precision) == ("sigmoid", "bf16")
 
 
-@pytest.mark.parametrize(("size", "resize"), [("[224, 224]", 256), ("[300, 200]", 343), ("[7, 7]", 8), ("[1, 1]", 1)])
-def test_resize_follows_the_larger_side(tmp_path: Path, size: str, resize: int) -> None:
-    assert spec_of(tmp_path, f"{MINIMAL}[input]\nsize = {size}").input.resize == resize
-
-
 def test_a_crop_lies_inside_what_it_is_cut_from(tmp_path: Path) -> None:
     lines = f"{MINIMAL}[input]\nsize = [200, 300]\nresize = 299\n"
     assert reason_of(tmp_path, lines) == (

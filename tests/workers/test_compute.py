@@ -178,14 +178,14 @@ def test_eight_threads_at_once_equal_one_after_the_other() -> None:
     shown = [pictures(3, 12, seed=number) for number in range(8)]
     plans = [make_plan(request(3, (number % 5,), (), (0, 3), methods=BOTH), model) for number in range(8)]
     with closing(Device("cpu", 2)) as device, ThreadPoolExecutor(8) as clients:
-        serial = [device.run(model, plan, one, lambda: None, 2) for plan, one in zip(plans, shown, strict=True)]
+        serial = [device.run(model, plan, one, lambda: None, 2)[0] for plan, one in zip(plans, shown, strict=True)]
         for _ in range(3):
             futures = [
                 clients.submit(device.run, model, plan, one, lambda: None, 2)
                 for plan, one in zip(plans, shown, strict=True)
             ]
             for future, alone in zip(futures, serial, strict=True):
-                assert_same(future.result(), alone, 1e-5)
+                assert_same(future.result()[0], alone, 1e-5)
 
 
 def state_of(model: Model) -> list[tuple[str, bool, int, list[tuple[str, torch.Tensor, bool]]]]:
@@ -230,7 +230,7 @@ def test_a_request_given_up_in_the_middle_leaves_no_trace_either() -> None:
     asked = make_plan(request(5, *TARGETS, methods=BOTH), model)
     before = state_of(model)
     with closing(Device("cpu", 1)) as device:
-        first = device.run(model, asked, shown, lambda: None, 5)
+        first = device.run(model, asked, shown, lambda: None, 5)[0]
         for last in range(1, 8):  # one check before the chunk, and one before each of three classes of two methods
             calls = iter(range(1, last))
 
@@ -240,9 +240,9 @@ def test_a_request_given_up_in_the_middle_leaves_no_trace_either() -> None:
                     raise DeadlineExceeded("gone")
 
             with pytest.raises(DeadlineExceeded):
-                device.run(model, asked, shown, check, 5)
+                device.run(model, asked, shown, check, 5)[0]
             assert_untouched(model, before)
-        again = device.run(model, asked, shown, lambda: None, 5)
+        again = device.run(model, asked, shown, lambda: None, 5)[0]
     for one, other in zip(first, again, strict=True):
         for raw, same in zip(one.maps, other.maps, strict=True):
             np.testing.assert_array_equal(raw.values, same.values)

@@ -341,7 +341,7 @@ def test_an_answer_says_what_was_computed_and_how_long_it_took(outcomes: Outcome
         assert values.min() >= low
         assert values.max() <= high
     times = outcome.timings
-    assert times.queue == 0
+    assert times.queue >= 0
     assert min(times.decode, times.compute, times.render) > 0
 
 
@@ -377,3 +377,11 @@ def test_the_pictures_of_one_request_are_bounded_together(engine: Engine) -> Non
     assert len(limited.explain(asked(2, method="grad_cam")).results) == 2
     with pytest.raises(TooManyPixels, match="first 3 pictures have 5760 pixels; a request may have 3840"):
         limited.explain(asked(3, method="grad_cam"))
+
+
+def test_the_heatmaps_of_one_request_are_bounded_together(engine: Engine) -> None:
+    limited = Engine(engine.device, Settings(max_heatmap_pixels=2 * 32 * 32))
+    limited.models = engine.models
+    assert len(limited.explain(asked(1, 0, 1, method="grad_cam")).results[0].heatmaps) == 2
+    with pytest.raises(TooManyPixels, match="have 3072 pixels; one request may ask for 2048"):
+        limited.explain(asked(1, 0, 1, 2, method="grad_cam"))
