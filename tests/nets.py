@@ -22,7 +22,8 @@ from service.models.layers import LayerTable
 from service.models.program import Program, capture
 from service.models.resident import Model
 from service.models.spec import InputSpec, ModelSpec, OutputSpec
-from service.workers.compute import Device, Explained
+from service.workers.compute import Explained
+from service.workers.device import Device
 from service.workers.messages import ExplainRequest
 from service.workers.plan import make_plan
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from service.explain import REGISTRY, Method
 from service.models.repository import Entry
 from service.settings import Settings
-from service.workers.compute import Device
+from service.workers.device import Device
 from service.workers.engine import Engine
 from service.workers.loading import load_into
 from service.workers.messages import Cancel, Hello, Job, MethodInfo, ModelChanged, Stop, ToParent

@@ -21,7 +21,8 @@ from service.imaging.maps import degeneracy
 from service.imaging.render import Style, render
 from service.models.resident import Model
 from service.settings import Settings
-from service.workers.compute import Device, Explained, RawMap
+from service.workers.compute import Explained, RawMap
+from service.workers.device import Device
 from service.workers.messages import (
     Answer,
     ClassScore,

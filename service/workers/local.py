@@ -9,7 +9,7 @@ from service.errors import ModelFailed, ModelNotFound, nearest
 from service.imaging.render import Encoding, Format
 from service.models.repository import Entry, scan
 from service.settings import Settings
-from service.workers.compute import Device
+from service.workers.device import Device
 from service.workers.devices import resolve
 from service.workers.engine import Engine
 from service.workers.loading import load_into

@@ -14,7 +14,8 @@ from service.errors import DeadlineExceeded, OutOfDeviceMemory
 from service.imaging.geometry import Geometry
 from service.imaging.maps import Scaling, degeneracy, resample, scale
 from service.models.resident import Model
-from service.workers.compute import Device, Explained
+from service.workers.compute import Explained
+from service.workers.device import Device
 from service.workers.plan import make_plan
 from tests.nets import (
     IMAGENET,

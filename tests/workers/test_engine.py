@@ -28,7 +28,7 @@ from service.errors import (
 from service.explain import REGISTRY, CamParams, LayerParams, Method, Trace, grad_cam, register
 from service.models.repository import Entry
 from service.settings import Settings
-from service.workers.compute import Device
+from service.workers.device import Device
 from service.workers.engine import Engine
 from service.workers.loading import load_into
 from service.workers.messages import Answer, Done, ExplainRequest, Job
