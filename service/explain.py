@@ -6,85 +6,94 @@ A method holds mathematics alone; the loop over pictures, the resizing, the scal
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from service.imaging.maps import Scaling
 from service.models.layers import Target
-from service.models.program import Program, gradient_of
+from service.models.program import Program, as_tuple, gradients_of
 
 Family = Literal["cam", "pixel", "perturbation"]
 
 
 class Pass:
-    """One run of a batch through a network, shared by all methods and classes that are asked of it.
+    """One run of a batch through a network, shared by all methods, layers and classes that are asked of it.
 
-    `images` is (N,3,H,W), normalised. With a `target` the network is cut there: its head runs without a graph, and a
-    gradient costs the tail alone.
+    The network is cut at its targets: what lies before them ran without a graph, and a gradient costs the tail alone.
     """
 
-    def __init__(self, program: Program, images: Tensor, target: Target | None = None) -> None:
+    def __init__(
+        self, program: Program, images: Tensor, targets: Sequence[Target] = (), values: Sequence[Tensor] | None = None
+    ) -> None:
+        """`images` is (N,3,H,W), normalised; `values` are the cut's roots and crossings where they are known."""
         self.program = program
         self.images = images
-        self.target = target
-        if target is None:
+        self.targets = targets
+        split = program.split(*(target.node for target in targets))
+        if values is None:
             with torch.no_grad():
-                self.logits: Tensor = program.forward(images)
-            return
-        split = program.split(target.node)
-        with torch.no_grad():
-            values = split.head(images)
-        value, *crossing = values if isinstance(values, tuple) else (values,)
-        self._value = value.requires_grad_()
+                values = as_tuple(split.head(images))
+        roots = [value.detach().requires_grad_() for value in values[: len(split.roots)]]
         with torch.enable_grad():
-            self._scores: Tensor = split.tail(value, *crossing)
-        self.logits = self._scores.detach()
+            self.scores, *later = as_tuple(split.tail(*roots, *values[len(roots) :]))
+        self.at: dict[fx.Node, Tensor] = dict(zip((*split.roots, *split.later), (*roots, *later), strict=True))
+        self.logits = self.scores.detach()
 
-    def trace(self, classes: Tensor) -> Trace:
-        """What the pass shows of one class per picture; `classes` is (N,), int64."""
-        return Trace(self, classes)
-
-    @cached_property
-    def activation(self) -> Tensor:
-        """The activation of the target layer, (N,C,h,w)."""
-        return self._target().grid.fold(self._value.detach())
-
-    def gradient(self, classes: Tensor) -> Tensor:
-        """The gradient of each picture's logit at the target layer, (N,C,h,w)."""
-        return self._target().grid.fold(_gradient(self._scores, classes, self._value))
-
-    def guided_gradient(self, classes: Tensor) -> Tensor:
-        """The guided-backpropagation gradient of each picture's logit at the images, (N,3,H,W)."""
-        inputs, scores = self._guided
-        return _gradient(scores, classes, inputs)
+    def backward(self, classes: Tensor) -> Backward:
+        """The pass seen from one class per picture; `classes` is (N,), int64."""
+        return Backward(self, classes)
 
     @cached_property
-    def _guided(self) -> tuple[Tensor, Tensor]:
+    def guided(self) -> tuple[Tensor, Tensor]:
+        """The images, and their scores through the network rewritten for guided backpropagation."""
         inputs = self.images.detach().requires_grad_()
         with torch.enable_grad():
             return inputs, self.program.guided()(inputs)
 
-    def _target(self) -> Target:
-        assert self.target is not None, "the method reads a layer but takes none"
-        return self.target
 
+class Backward:
+    """The backward passes of one class per picture, each run when it is first asked for and shared by all targets.
 
-def _gradient(scores: Tensor, classes: Tensor, at: Tensor) -> Tensor:
-    """The gradient of each picture's target logit: of their sum, since in eval mode pictures don't mix."""
-    return gradient_of(scores.gather(1, classes[:, None]).sum(), at)
-
-
-class Trace:
-    """What a pass shows of one target class per picture. Every attribute is computed when it is first read."""
+    The gradient is that of the sum of the pictures' logits: in eval mode pictures don't mix.
+    """
 
     def __init__(self, of: Pass, classes: Tensor) -> None:
         self._pass = of
         self._classes = classes
+
+    def trace(self, target: Target) -> Trace:
+        """What a method reads at one of the pass's targets."""
+        return Trace(self._pass, self, target)
+
+    @cached_property
+    def at_targets(self) -> dict[fx.Node, Tensor]:
+        """dy/dA at the node of each target."""
+        at = self._pass.at
+        return dict(zip(at, gradients_of(self._total(self._pass.scores), list(at.values())), strict=True))
+
+    @cached_property
+    def guided(self) -> Tensor:
+        """The guided-backpropagation gradient at the images, (N,3,H,W)."""
+        inputs, scores = self._pass.guided
+        return gradients_of(self._total(scores), [inputs])[0]
+
+    def _total(self, scores: Tensor) -> Tensor:
+        return scores.gather(1, self._classes[:, None]).sum()
+
+
+class Trace:
+    """What a pass shows of one class per picture at one target. Nothing is computed before it is read."""
+
+    def __init__(self, of: Pass, backward: Backward, target: Target) -> None:
+        self._pass = of
+        self._backward = backward
+        self._target = target
 
     @property
     def images(self) -> Tensor:
@@ -94,17 +103,17 @@ class Trace:
     @property
     def activation(self) -> Tensor:
         """A: the activation of the target layer, (N,C,h,w)."""
-        return self._pass.activation
+        return self._target.grid.fold(self._pass.at[self._target.node].detach())
 
-    @cached_property
+    @property
     def gradient(self) -> Tensor:
         """g = dy/dA: the gradient of the target logit at the target layer, (N,C,h,w)."""
-        return self._pass.gradient(self._classes)
+        return self._target.grid.fold(self._backward.at_targets[self._target.node])
 
-    @cached_property
+    @property
     def guided_gradient(self) -> Tensor:
         """The guided-backpropagation gradient of the target logit at the images, (N,3,H,W)."""
-        return self._pass.guided_gradient(self._classes)
+        return self._backward.guided
 
 
 def grad_cam(trace: Trace) -> Tensor:

@@ -45,6 +45,16 @@ class Settings(BaseModel):
         None, ge=1, le=32, description="streams per CUDA device, slots on a CPU; default 2 and 1"
     )
     max_batch: int = Field(8, ge=1, le=1024, description="pictures in one pass through a network")
+    compiled_heads: int = Field(
+        8, ge=0, description="compiled heads that stay resident on each device; 0 computes eagerly alone"
+    )
+    cache: Path = Field(Path("~/.cache/heatmap-service"), description="folder in which compiled heads are kept")
+    cache_bytes: int = Field(4096 * MIB, ge=0, description="bytes of the compiled heads in the cache folder")
+    activation_cache: int = Field(
+        256 * MIB,
+        ge=0,
+        description="bytes of activations kept on each device for pictures that come again; 0 keeps none",
+    )
     max_queue: int = Field(256, ge=1, description="requests that may be accepted and unanswered")
     max_queue_pictures: int = Field(1024, ge=1, description="pictures of all accepted, unanswered requests")
     max_queue_bytes: int = Field(512 * MIB, ge=1, description="bytes of all accepted, unanswered requests")

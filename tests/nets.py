@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import cache
 from pathlib import Path
@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from service.explain import Pass, Trace
 from service.imaging.geometry import Fit
-from service.models.layers import LayerTable
+from service.models.heads import Heads
+from service.models.layers import LayerTable, Target
 from service.models.program import Program, capture
 from service.models.resident import Model
 from service.models.spec import InputSpec, ModelSpec, OutputSpec
@@ -87,7 +89,7 @@ def model_of(
     )
     names = labels or tuple(f"class {number}" for number in range(program.num_classes))
     fit = Fit(spec.input.size, spec.input.fit, spec.input.resize, spec.input.interpolation, spec.input.mean)
-    return Model("net", spec, "sha256:0", names, program, LayerTable(program), CPU, fit)
+    return Model("net", spec, "sha256:0", names, program, LayerTable(program), Heads(program), CPU, fit)
 
 
 def request(count: int = 1, *classes: tuple[int | str, ...], **fields: Any) -> ExplainRequest:
@@ -99,8 +101,13 @@ def explain(
     model: Model, asked: ExplainRequest, fitted: NDArray[np.uint8], max_batch: int = 8, streams: int = 1
 ) -> list[Explained]:
     """What plan and compute make of a request, on a device of its own."""
-    with closing(Device("cpu", streams)) as device:
-        return device.run(model, make_plan(asked, model), fitted, lambda: None, max_batch)[0]
+    with closing(Device("cpu", streams, max_batch)) as device:
+        return device.run(model, make_plan(asked, model), fitted)
+
+
+def trace_of(program: Program, shown: Tensor, target: Target, classes: Sequence[int]) -> Trace:
+    """What a method reads of one class per picture at `target`."""
+    return Pass(program, shown, [target]).backward(torch.tensor(classes)).trace(target)
 
 
 def close_to(ours: Tensor | NDArray[Any], oracle: Tensor | NDArray[Any]) -> float:

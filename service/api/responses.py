@@ -91,7 +91,8 @@ class Model(Wire):
     num_classes: int | None
     default_layer: str | None
     recommended_layer: str | None
-    compiled_layers: list[str]
+    compiled_layers: list[str] = Field(description="The layers whose forward pass runs compiled.")
+    compiled_bytes: int = Field(description="What their packages take on disk; about three times that in memory.")
 
 
 class ModelList(Wire):

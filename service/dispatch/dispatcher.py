@@ -189,7 +189,7 @@ class Dispatcher:
 
     def _hand_over(self) -> None:
         """Give waiting requests, oldest first, to workers with room. A worker that is full blocks nobody else."""
-        alone = {worker for worker in self._pool.workers if not worker.jobs.isdisjoint(self._retried)}
+        alone = {worker for worker in self._pool.workers if not self._retried.isdisjoint(worker.jobs)}
         for ticket in tuple(self._pending):
             worker = self._pool.free_worker(ticket.job.request.model_id, alone)
             if worker is None:

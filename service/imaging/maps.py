@@ -72,9 +72,9 @@ def displayed(values: Floats, scaling: Scaling | None) -> Floats:
 
 
 def _divide(values: Floats, of: Floats) -> Floats:
-    """`values` over the maximum of `of`, all of them 0 where that is 0; division, as 1/1e-42 is no float32."""
+    """`values`, in place, over the maximum of `of`, all 0 where that is 0; division, as 1/1e-42 is no float32."""
     maximum = of.max()
-    return values if maximum == 0 else values / maximum
+    return values if maximum == 0 else np.divide(values, maximum, out=values)
 
 
 def _axes(geometry: Geometry, size: Size) -> tuple[tuple[int, float, float], tuple[int, float, float]]:

@@ -14,6 +14,7 @@ from service.errors import FieldError, InvalidRequest
 from service.imaging.colormaps import colour_table
 from service.imaging.geometry import Geometry
 from service.imaging.maps import Floats, Scaling, Size, degeneracy, displayed, resample, scale
+from service.imaging.png import encode_png
 
 Format = Literal["overlay", "heatmap", "gray", "gray16", "npy"]
 Encoding = Literal["png", "webp", "jpeg"]
@@ -44,12 +45,15 @@ class Rendered:
     height: int
 
 
-def render(raw: Floats, geometry: Geometry, picture: Pixels, scaling: Scaling | None, style: Style) -> Rendered:
+def render(
+    raw: Floats, geometry: Geometry, picture: Image.Image | Pixels, scaling: Scaling | None, style: Style
+) -> Rendered:
     """One heatmap from a method's raw map, float32 (h, w), or signed (h, w, 3) with `scaling` None.
 
     `picture` is what the answer lies over, uint8 (H, W, 3): the network's input in the size `model`, else the upright
-    picture. A degenerate map shows no colours, and one that is not finite is not scaled either. Raises InvalidRequest
-    for an unknown colormap and for a side that the encoding cannot hold.
+    picture; an image's pixels are read only where the answer shows them. A degenerate map shows no colours, and one
+    that is not finite is not scaled either. Raises InvalidRequest for an unknown colormap and for a side that the
+    encoding cannot hold.
     """
     flaw = degeneracy(raw)
     values, covered = resample(raw, geometry, style.size)
@@ -59,20 +63,26 @@ def render(raw: Floats, geometry: Geometry, picture: Pixels, scaling: Scaling | 
         return _rendered(_npy(values), "application/x-npy", values)
     shown = np.zeros(values.shape[:2], np.float32) if flaw else displayed(values, scaling)
     if style.format == "gray16":
-        return _rendered(_encoded(np.rint(shown * np.float32(65535)).astype(np.uint16), "png"), "image/png", values)
-    levels = np.rint(shown * np.float32(255)).astype(np.uint8)
+        return _rendered(encode_png(_steps(shown, 65535).astype(np.uint16)), "image/png", values)
+    levels = _steps(shown, 255).astype(np.uint8)
     if style.format == "gray":
-        return _rendered(_encoded(levels, "png"), "image/png", values)
+        return _rendered(encode_png(levels), "image/png", values)
     painted = _painted(levels, (slice(0, 0), slice(0, 0)) if flaw else covered, picture, style)
     return _rendered(_encoded(painted, style.encoding), f"image/{style.encoding}", values)
 
 
-def _painted(levels: Pixels, covered: tuple[slice, slice], picture: Pixels, style: Style) -> Pixels:
+def _steps(shown: Floats, top: int) -> Floats:
+    """0..1 as whole numbers 0..`top`, in the same memory: new memory costs more than the arithmetic."""
+    shown *= np.float32(top)
+    return np.rint(shown, out=shown)
+
+
+def _painted(levels: Pixels, covered: tuple[slice, slice], picture: Image.Image | Pixels, style: Style) -> Pixels:
     table = colour_table(style.colormap)
     if style.format == "overlay":
-        return _blend(levels, table, picture, covered, style.alpha)
+        return _blend(levels, table, np.asarray(picture), covered, style.alpha)
     if style.encoding == "jpeg":
-        return _blend(levels, table, picture, covered, 1.0)
+        return _blend(levels, table, np.asarray(picture), covered, 1.0)
     return _transparent(levels, table, covered)
 
 
@@ -87,14 +97,18 @@ def _npy(values: Floats) -> bytes:
 
 
 def _blend(levels: Pixels, table: Pixels, picture: Pixels, covered: tuple[slice, slice], alpha: float) -> Pixels:
-    """alpha x colours + (1 - alpha) x picture where the map covers the picture, which stays plain elsewhere."""
+    """alpha x colours + (1 - alpha) x picture where the map covers the picture, which stays plain elsewhere.
+
+    On 451 x 300 pixels: 0.3 ms; a table of all colours over all values takes 0.8 ms, as does `colours[levels]`.
+    """
     rows, columns = covered
     colours = table.astype(np.float32) * np.float32(alpha)
     blend: Pixels = np.array(picture)
     for start in range(rows.start, rows.stop, _ROWS):
         block = slice(start, min(start + _ROWS, rows.stop)), columns
-        rest = np.multiply(picture[block], np.float32(1 - alpha), dtype=np.float32)
-        blend[block] = np.rint(colours[levels[block]] + rest)
+        blended = colours.take(levels[block], axis=0)
+        blended += np.multiply(picture[block], np.float32(1 - alpha), dtype=np.float32)
+        blend[block] = np.rint(blended, out=blended)
     return blend
 
 
@@ -102,22 +116,21 @@ def _transparent(levels: Pixels, table: Pixels, covered: tuple[slice, slice]) ->
     """The colours alone, RGBA, opaque where the map covers the picture."""
     colours = np.zeros((*levels.shape, 4), np.uint8)
     opaque = np.concatenate([table, np.full((256, 1), 255, np.uint8)], axis=1)
-    colours[covered] = opaque[levels[covered]]
+    colours[covered] = opaque.take(levels[covered], axis=0)
     return colours
 
 
-def _encoded(pixels: NDArray[np.uint8] | NDArray[np.uint16], encoding: Encoding) -> bytes:
+def _encoded(pixels: Pixels, encoding: Encoding) -> bytes:
+    if encoding == "png":
+        return encode_png(pixels)
     longest = max(pixels.shape[:2])
-    if longest > _LONGEST_SIDE.get(encoding, longest):
+    if longest > _LONGEST_SIDE[encoding]:
         detail = f"{encoding} holds at most {_LONGEST_SIDE[encoding]} pixels a side, not {longest}; ask for png."
         raise InvalidRequest(detail, errors=(FieldError("/encoding", detail),))
     image, file = Image.fromarray(pixels), io.BytesIO()
-    if encoding == "png":
-        # On a 451 x 300 overlay: 10 ms for 221 kB, where zlib's default level 6 takes 48 ms for 195 kB.
-        image.save(file, "PNG", compress_level=1)
-    elif encoding == "webp":
-        # Method 1 takes 5 ms, the default 4 takes 12 ms for 1% less.
-        image.save(file, "WEBP", quality=90, method=1)
+    if encoding == "webp":
+        # On a 451 x 300 overlay: 4.1 ms for 25.2 kB; method 1 takes 5.2 ms for 24.6 kB, 4 (default) 13 ms for 24.3 kB.
+        image.save(file, "WEBP", quality=90, method=0)
     else:
         image.save(file, "JPEG", quality=90)
     return file.getvalue()

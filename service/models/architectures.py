@@ -32,7 +32,6 @@ def build(spec: ModelSpec, folder: Path) -> nn.Module:
     Code of a `python:` architecture runs with the rights of this process; weights are read as tensors only.
     Raises ModelLoadError for whatever stops it, with a short reason.
     """
-    _refuse_unserved(spec)
     with _reasons("architecture"), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(spec.seed or 0)  # torch.manual_seed would seed CUDA devices too
         module = _construct(spec, folder)
@@ -56,11 +55,6 @@ def digest(spec: ModelSpec, labels: tuple[str, ...], module: nn.Module, folder: 
 
 def _add(content: hashlib._Hash, value: object) -> None:
     content.update(json.dumps(value, sort_keys=True, separators=(",", ":")).encode() + b"\n")
-
-
-def _refuse_unserved(spec: ModelSpec) -> None:
-    if spec.serving.precision != "fp32":
-        raise ModelLoadError(f"precision {spec.serving.precision} is not served yet; use fp32")
 
 
 @contextmanager

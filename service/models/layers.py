@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from service.errors import MAX_ECHO, InvalidGenParams, ModelLoadError, UnknownLayer, nearest
 from service.models.grids import BATCH_NORMS, CONVOLUTIONS, Grid, find_grid
-from service.models.program import Program, gradient_of, is_size
+from service.models.program import Program, gradients_of, is_size
 
 aten = torch.ops.aten
 
@@ -39,9 +39,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a heatmap is taken: a node of the graph, how its value folds to a map, and the layer's name."""
+    """Where a heatmap is taken: a node of the graph, how its value folds to a map, and what it was asked for as."""
 
     name: str
+    use_conv_only: bool
     node: fx.Node
     grid: Grid
 
@@ -118,7 +119,7 @@ class LayerTable:
                     f"use_conv_only false takes the ReLU fused with a convolution, and {row.name!r} {what}."
                 )
             node = relu
-        return Target(row.name, node, row.grid)
+        return Target(row.name, use_conv_only, node, row.grid)
 
     def _find(self, name: str) -> Layer:
         if name == "recommended":
@@ -239,4 +240,5 @@ def _has_gradient(program: Program, node: fx.Node, grid: Grid) -> bool:
         activation = split.head(images).requires_grad_()
     with torch.enable_grad():
         score = split.tail(activation).amax(dim=1).sum()
-    return bool(grid.fold(gradient_of(score, activation)).count_nonzero())
+    (gradient,) = gradients_of(score, [activation])
+    return bool(grid.fold(gradient).count_nonzero())

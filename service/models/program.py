@@ -5,6 +5,7 @@ Nothing is ever registered on a module and no `.grad` is written: two requests c
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -38,6 +39,7 @@ ACTIVATIONS = frozenset(
     }
 )
 REASON_LENGTH = 400
+MAX_SPLITS = 64
 SQUASHING = {  # the logarithm of a softmax is not the logit either
     "softmax": (aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default),
     "sigmoid": (aten.sigmoid.default,),
@@ -95,10 +97,18 @@ def _module(program: torch.export.ExportedProgram) -> fx.GraphModule:
 
 @dataclass(frozen=True)
 class Split:
-    """A network cut at one node. `head`: images to (activation, *crossing); `tail`: these to the logits."""
+    """A network cut at some of its nodes, the targets.
+
+    `head`: images to (*roots, *crossing), bare if that is one value; `tail`: these to (logits, *later), or the bare
+    logits. Roots are the targets that depend on no other target, `later` the others. Crossing are the values of the
+    images beside the targets that the tail needs.
+    """
 
     head: fx.GraphModule
     tail: fx.GraphModule
+    roots: tuple[fx.Node, ...]
+    later: tuple[fx.Node, ...]
+    crossing: tuple[fx.Node, ...]
 
 
 class Program:
@@ -116,8 +126,8 @@ class Program:
         self.logits = _logits(graph_module.graph, activation)
         self._check_scores()
         self.tainted = self.descendants(self.images)
-        self.forward = self._subgraph([self.images], [self.logits])
-        self._splits: dict[fx.Node, Split] = {}
+        self._order = {node: index for index, node in enumerate(self.nodes)}
+        self._split = functools.lru_cache(MAX_SPLITS)(self._cut)
         self._guided: fx.GraphModule | None = None
         self._lock = threading.Lock()
 
@@ -125,16 +135,27 @@ class Program:
     def num_classes(self) -> int:
         return int(self.logits.meta["val"].shape[1])
 
-    def split(self, node: fx.Node) -> Split:
-        """The network cut at `node`. Parallel branches cross the cut: the tail holds what depends on the node alone."""
+    def split(self, *targets: fx.Node) -> Split:
+        """The network cut at `targets`, kept for the next time; the tail holds what depends on them.
+
+        Without targets the head is the whole network.
+        """
+        nodes = tuple(sorted(set(targets), key=self._order.__getitem__))
         with self._lock:
-            if node not in self._splits:
-                crossing = self.crossing(node)
-                self._splits[node] = Split(
-                    head=self._subgraph([self.images], [node, *crossing]),
-                    tail=self._subgraph([node, *crossing], [self.logits]),
-                )
-            return self._splits[node]
+            return self._split(nodes)
+
+    def _cut(self, nodes: tuple[fx.Node, ...]) -> Split:
+        behind = {node: self.descendants(node) for node in nodes}
+        later = tuple(node for node in nodes if any(node in behind[other] for other in nodes if other is not node))
+        roots = tuple(node for node in nodes if node not in later)
+        crossing = tuple(self.crossing(*roots))
+        return Split(
+            head=self._subgraph([self.images], [*roots, *crossing]),
+            tail=self._subgraph([*roots, *crossing], [self.logits, *later]),
+            roots=roots,
+            later=later,
+            crossing=crossing,
+        )
 
     def guided(self) -> fx.GraphModule:
         """The network with every activation function's output gradient clipped at 0 (guided backpropagation).
@@ -147,19 +168,19 @@ class Program:
                 self._guided = self._subgraph([self.images], [self.logits], after=dict.fromkeys(ACTIVATIONS, gate))
             return self._guided
 
-    def descendants(self, node: fx.Node) -> frozenset[fx.Node]:
-        """All nodes whose value depends on that of `node` (itself too); sizes don't count."""
-        found = {node}
+    def descendants(self, *nodes: fx.Node) -> frozenset[fx.Node]:
+        """All nodes whose value depends on one of `nodes` (these too); sizes don't count."""
+        found = set(nodes)
         for other in self.nodes:
             if not is_size(other) and any(source in found for source in other.all_input_nodes):
                 found.add(other)
         return frozenset(found)
 
-    def crossing(self, node: fx.Node) -> list[fx.Node]:
-        """Values of the images beside `node` that the scores need too, in the order of the graph."""
-        behind = self.descendants(node)
-        needed = self.ancestors([self.logits], stop=frozenset({node}))
-        used = {source for user in needed & behind if user is not node for source in user.all_input_nodes}
+    def crossing(self, *roots: fx.Node) -> list[fx.Node]:
+        """Values of the images beside `roots` that what follows them needs too, in the order of the graph."""
+        behind = self.descendants(*roots)
+        needed = self.ancestors([self.logits], stop=frozenset(roots))
+        used = {source for user in needed & behind if user not in roots for source in user.all_input_nodes}
         if self.logits not in behind:
             used.add(self.logits)
         return [other for other in self.nodes if other in used and other in self.tainted and other not in behind]
@@ -239,11 +260,18 @@ def _logits(graph: fx.Graph, activation: str) -> fx.Node:
     return outputs if ending == "logits" else outputs.all_input_nodes[0]
 
 
-def gradient_of(total: Tensor, at: Tensor) -> Tensor:
-    """The gradient of a number at a tensor, 0 where the network lets none through; the graph is kept."""
-    if not total.requires_grad:
-        return torch.zeros_like(at)
-    return torch.autograd.grad(total, at, retain_graph=True, materialize_grads=True)[0]
+def as_tuple(values: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What a head or a tail returns, bare or not."""
+    return (values,) if isinstance(values, Tensor) else tuple(values)
+
+
+def gradients_of(total: Tensor, at: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradient of a number at each tensor, 0 where the network lets none through; the graph is kept."""
+    tracked = [tensor for tensor in at if total.requires_grad and tensor.requires_grad]
+    if not tracked:
+        return tuple(torch.zeros_like(tensor) for tensor in at)
+    found = iter(torch.autograd.grad(total, tracked, retain_graph=True, materialize_grads=True))
+    return tuple(next(found) if tensor.requires_grad else torch.zeros_like(tensor) for tensor in at)
 
 
 class _Gate(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from service.errors import ModelLoadError
 from service.imaging.geometry import Fit
+from service.models.activations import ActivationCache
 from service.models.architectures import build, digest
+from service.models.heads import DTYPES, Heads
 from service.models.labels import read_labels
 from service.models.layers import LayerTable
 from service.models.program import Program, capture
@@ -22,7 +25,7 @@ from service.models.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded classifier. All of it is read-only, so that threads share it."""
+    """A loaded classifier, shared by threads. Only `heads` changes: they are made, and swapped for faster ones."""
 
     id: str
     spec: ModelSpec
@@ -30,12 +33,16 @@ class Model:
     labels: tuple[str, ...]
     program: Program
     layers: LayerTable
+    heads: Heads
     device: torch.device
     fit: Fit
 
     def normalise(self, pictures: NDArray[np.uint8]) -> Tensor:
         """The network's input, float32 (N,3,H,W), from fitted pictures (N,H,W,3)."""
-        images = torch.from_numpy(pictures).to(self.device).movedim(3, 1).contiguous()
+        pixels = torch.from_numpy(pictures)
+        if self.device.type == "cuda":  # only from pinned memory does a copy leave the other streams alone
+            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+        images = pixels.movedim(3, 1).contiguous()
         mean, std = self._mean_std
         return (images.float() / 255 - mean) / std
 
@@ -49,7 +56,14 @@ class Model:
         return logits.sigmoid() if self.spec.output.activation == "sigmoid" else logits.softmax(dim=1)
 
 
-def load(model_id: str, spec: ModelSpec, folder: Path, device: torch.device, captured: Path | None = None) -> Model:
+def load(
+    model_id: str,
+    spec: ModelSpec,
+    folder: Path,
+    device: torch.device,
+    captured: Path | None = None,
+    activations: ActivationCache | None = None,
+) -> Model:
     """Build, capture and place a model. `captured` is a folder in which captured programs are kept.
 
     Raises ModelLoadError with the reason where the model cannot be served.
@@ -60,10 +74,24 @@ def load(model_id: str, spec: ModelSpec, folder: Path, device: torch.device, cap
     example = torch.zeros(2, 3, height, width, device=device)
     labels = read_labels(spec, folder, _count_classes(module, example))
     revision = digest(spec, labels, module, folder)
-    file = captured / f"{revision.removeprefix('sha256:')}-{device}.pt2".replace(":", "-") if captured else None
-    program = Program(capture(module, example, file), spec.output.activation)
+    stem = f"{revision.removeprefix('sha256:')}-{device}".replace(":", "-")
+    program = Program(capture(module, example, captured and captured / f"{stem}.pt2"), spec.output.activation)
+    layers = LayerTable(program)
+    reduced = _reduced(module, spec, example, captured and captured / f"{stem}-{spec.serving.precision}.pt2")
+    heads = Heads(program, spec.serving.precision, reduced, activations, revision)
     fit = Fit(spec.input.size, spec.input.fit, spec.input.resize, spec.input.interpolation, spec.input.mean)
-    return Model(model_id, spec, revision, labels, program, LayerTable(program), device, fit)
+    return Model(model_id, spec, revision, labels, program, layers, heads, device, fit)
+
+
+def _reduced(
+    module: nn.Module, spec: ModelSpec, example: Tensor, file: Path | None
+) -> tuple[Program, LayerTable] | None:
+    """The network captured anew from a copy in reduced precision: a cast of the graph would cast the tail with it."""
+    dtype = DTYPES[spec.serving.precision]
+    if dtype == torch.float32:
+        return None
+    program = Program(capture(copy.deepcopy(module).to(dtype), example.to(dtype), file), spec.output.activation)
+    return program, LayerTable(program)
 
 
 def _count_classes(module: nn.Module, example: Tensor) -> int:

@@ -18,6 +18,8 @@ IMAGENET_LABELS = "imagenet-1k"
 PUBLISHED_WEIGHTS = "default"
 ID_PLACE = "<id>"
 
+Precision = Literal["fp32", "bf16", "fp16"]
+
 _SEED = re.compile(r"random:(\d{1,18})")
 _IDENTIFIER = r"[A-Za-z_][A-Za-z0-9_]*"
 _ARCHITECTURE = re.compile(
@@ -61,7 +63,7 @@ class OutputSpec(_Section):
 class ServingSpec(_Section):
     """`[serving]`: how the network is computed."""
 
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
 
 
 class ModelSpec(_Section):

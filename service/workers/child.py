@@ -7,18 +7,24 @@ import logging
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from tqdm import tqdm
 
 from service.explain import REGISTRY, Method
+from service.models.packages import PackageStore
 from service.models.repository import Entry
+from service.models.resident import Model
 from service.settings import Settings
+from service.workers.compiler import Compiler
 from service.workers.device import Device
 from service.workers.engine import Engine
-from service.workers.loading import load_into
+from service.workers.loading import describe, load_into
 from service.workers.messages import Cancel, Hello, Job, MethodInfo, ModelChanged, Stop, ToParent
+
+logger = logging.getLogger(__name__)
 
 
 def main(connection: Connection, device: str, settings: Settings, entries: tuple[Entry, ...], folder: Path) -> None:
@@ -31,29 +37,50 @@ def main(connection: Connection, device: str, settings: Settings, entries: tuple
         with lock, contextlib.suppress(OSError):
             connection.send(message)
 
-    engine = Engine(Device(device, settings.streams), settings)
+    engine = Engine(Device(device, settings.streams, settings.max_batch), settings)
+    compiler = _compiler(engine, settings, folder, lambda model: send(ModelChanged(describe(model))))
     send(Hello(device, engine.capacity, tuple(_describe(method) for method in REGISTRY.values())))
 
     def load_all() -> None:
         engine.device.enter()
         for entry in entries:
             send(ModelChanged(load_into(engine, entry, folder)))
+            if compiler and entry.id in engine.models:
+                compiler.add(engine.models[entry.id], entry)
 
     loading = threading.Thread(target=load_all, name="load", daemon=True)
     loading.start()
     try:
-        while not isinstance(message := connection.recv(), Stop):
-            match message:
-                case Job() as job:
-                    engine.submit(job, send)
-                case Cancel(id=job_id):
-                    engine.cancel(job_id)
+        _take_jobs(connection, engine, send)
     except (EOFError, OSError):  # the parent is gone, and nobody else would clean up
         shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
     engine.close()
+    if compiler:
+        compiler.close()
     if loading.is_alive():  # an ordinary exit would tear torch down under it
         os._exit(0)
+
+
+def _take_jobs(connection: Connection, engine: Engine, send: Callable[[ToParent], None]) -> None:
+    while not isinstance(message := connection.recv(), Stop):
+        match message:
+            case Job() as job:
+                engine.submit(job, send)
+            case Cancel(id=job_id):
+                engine.cancel(job_id)
+
+
+def _compiler(engine: Engine, settings: Settings, folder: Path, changed: Callable[[Model], None]) -> Compiler | None:
+    """The compiler, where heads are to be compiled and there is a place for them."""
+    if not settings.compiled_heads:
+        return None
+    try:
+        store = PackageStore(settings.cache.expanduser(), settings.cache_bytes)
+    except (OSError, RuntimeError) as error:  # of `expanduser` where there is no home
+        logger.warning("no head is compiled, models are served eagerly: %s", error)
+        return None
+    return Compiler(settings, store, engine.device, folder, changed)
 
 
 def _describe(method: Method) -> MethodInfo:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import fx
 
 from service.errors import OutOfDeviceMemory
 from service.explain import Pass
 from service.models.resident import Model
-from service.workers.plan import Plan, Task
+from service.models.spec import Precision
+from service.workers.plan import Task
 
 Pixels = NDArray[np.uint8]
 
@@ -31,19 +31,28 @@ class RawMap:
 
 @dataclass(frozen=True)
 class Explained:
-    """What the network said of one picture. `confidences` has one entry per class."""
+    """What the network said of one picture. `confidences` has one entry per class; `precision` is the head's."""
 
     confidences: NDArray[np.float32]
     maps: tuple[RawMap, ...]
+    precision: Precision
 
 
 def explain(
-    model: Model, plan: Plan, pictures: Pixels, classes: tuple[tuple[int, ...], ...], check: Callable[[], None]
+    model: Model,
+    tasks: tuple[Task, ...],
+    pictures: Pixels,
+    classes: tuple[tuple[int, ...], ...],
+    check: Callable[[], None],
 ) -> list[Explained]:
-    """Explain one chunk; on too little memory its halves, one after the other."""
+    """Explain one batch; on too little memory its halves, one after the other.
+
+    `classes` has those of each picture, none for its top class. `check` is called between the steps and may raise.
+    Raises OutOfDeviceMemory where there is too little for one picture.
+    """
     check()
     try:
-        return _explain_at_once(model, plan, pictures, classes, check)
+        return _explain_at_once(model, tasks, pictures, classes, check)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise
@@ -52,32 +61,56 @@ def explain(
         raise OutOfDeviceMemory("The device has no memory for one picture through this model with this method.")
     half = len(pictures) // 2
     return [
-        *explain(model, plan, pictures[:half], classes[:half], check),
-        *explain(model, plan, pictures[half:], classes[half:], check),
+        *explain(model, tasks, pictures[:half], classes[:half], check),
+        *explain(model, tasks, pictures[half:], classes[half:], check),
     ]
 
 
 def _explain_at_once(
-    model: Model, plan: Plan, pictures: Pixels, classes: tuple[tuple[int, ...], ...], check: Callable[[], None]
+    model: Model,
+    tasks: tuple[Task, ...],
+    pictures: Pixels,
+    classes: tuple[tuple[int, ...], ...],
+    check: Callable[[], None],
 ) -> list[Explained]:
     images = model.normalise(pictures)
-    passes: dict[fx.Node | None, Pass] = {}
-    for task in plan.tasks:
-        if task.target.node not in passes:
-            passes[task.target.node] = Pass(model.program, images, task.target)
-    if not passes:
-        passes[None] = Pass(model.program, images)
-    logits = next(iter(passes.values())).logits
-    top = logits.argmax(dim=1).tolist()
+    targets = tuple({task.target.node: task.target for task in tasks}.values()) or (model.layers.target(None, True),)
+    head = model.heads.at(*targets)
+    one = Pass(model.program, images, targets, model.heads.values(head, images, pictures))
+    explained = _explain_pass(model, tasks, one, classes, head.precision, check)
+    lost = [index for index, each in enumerate(explained) if head.precision != "fp32" and _underflowed(each)]
+    if lost:
+        exact = Pass(model.program, images[lost], targets)
+        again = _explain_pass(model, tasks, exact, tuple(classes[index] for index in lost), "fp32", check)
+        for index, each in zip(lost, again, strict=True):
+            explained[index] = each
+    return explained
+
+
+def _underflowed(explained: Explained) -> bool:
+    """Whether reduced precision may have lost what the network says."""
+    numbers = [explained.confidences, *(raw.values for raw in explained.maps)]
+    return any(not np.isfinite(values).all() or not values.any() for values in numbers)
+
+
+def _explain_pass(
+    model: Model,
+    tasks: tuple[Task, ...],
+    one: Pass,
+    classes: tuple[tuple[int, ...], ...],
+    precision: Precision,
+    check: Callable[[], None],
+) -> list[Explained]:
+    top = one.logits.argmax(dim=1).tolist()
     chosen = [wanted or (best,) for wanted, best in zip(classes, top, strict=True)]
-    maps = _maps(plan.tasks, passes, chosen, check)
-    confidences = model.confidences(logits).cpu().numpy()
-    return [Explained(confidences[index], maps[index]) for index in range(len(pictures))]
+    maps = _maps(tasks, one, chosen, check)
+    confidences = model.confidences(one.logits).cpu().numpy()
+    return [Explained(confidences[index], maps[index], precision) for index in range(len(chosen))]
 
 
 def _maps(
     tasks: tuple[Task, ...],
-    passes: dict[fx.Node | None, Pass],
+    one: Pass,
     chosen: list[tuple[int, ...]],
     check: Callable[[], None],
 ) -> list[tuple[RawMap, ...]]:
@@ -87,11 +120,11 @@ def _maps(
     """
     found: list[list[list[RawMap]]] = [[[] for _ in tasks] for _ in chosen]
     for turn in range(max(map(len, chosen))):
-        targets = torch.tensor([wanted[min(turn, len(wanted) - 1)] for wanted in chosen])
-        traces = {node: one.trace(targets.to(one.images.device)) for node, one in passes.items()}
+        turns = torch.tensor([wanted[min(turn, len(wanted) - 1)] for wanted in chosen])
+        backward = one.backward(turns.to(one.images.device))
         for place, task in enumerate(tasks):
             check()
-            values = task.method.heatmap(traces[task.target.node], task.params).float().cpu().numpy()
+            values = task.method.heatmap(backward.trace(task.target), task.params).float().cpu().numpy()
             for index, wanted in enumerate(chosen):
                 if turn < len(wanted):
                     found[index][place].append(RawMap(task, wanted[turn], values[index]))

@@ -1,46 +1,110 @@
-"""A device and its slots: threads on which batches are computed, each under a stream of its own."""
+"""A device and its slots: threads on which waiting pictures are computed in batches, each under a stream of its own."""
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import TypeVar
 
+import numpy as np
 import torch
 
+from service.errors import DeadlineExceeded, ServiceError
 from service.models.resident import Model
 from service.workers.compute import Explained, Pixels, explain
-from service.workers.plan import Plan
+from service.workers.plan import Plan, Task
+
+logger = logging.getLogger(__name__)
+
+E = TypeVar("E", bound=Exception)
+
+
+@dataclass(eq=False)
+class Order:
+    """What the pictures of one request have in common.
+
+    `gone`: whether nobody waits for them any more. `since`: from when on the request waits for its turn.
+    """
+
+    model: Model
+    tasks: tuple[Task, ...]
+    gone: Callable[[], bool]
+    since: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What the network said of a picture, and when (`time.perf_counter`) the batch that it was in was computed."""
+
+    explained: Explained
+    started: float
+    ended: float
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """A fitted picture (H,W,3) that waits for a slot, its classes (none: the top class), and where the result goes."""
+
+    order: Order
+    pixels: Pixels
+    classes: tuple[int, ...]
+    result: Future[Computed] = field(default_factory=Future)
+
+    def suits(self, other: Item) -> bool:
+        """Whether the two may share a batch. Their classes may differ, not how many: a hundred would hold up one."""
+        return (
+            self.order.model is other.order.model
+            and (self.order is other.order or self.order.tasks == other.order.tasks)
+            and (len(self.classes) or 1) == (len(other.classes) or 1)
+        )
 
 
 class Device:
-    """A device and its slots: threads that own one long-lived CUDA stream each, or a share of the CPU's cores."""
+    """A device and its slots: threads that own one long-lived CUDA stream each, or a share of the CPU's cores.
 
-    def __init__(self, name: str, streams: int | None) -> None:
+    A free slot takes the request that has waited longest, with whatever else waits and suits it, up to `max_batch`
+    pictures. Nothing waits for a fuller batch, and a request with more pictures gets its next turn after the others.
+    """
+
+    def __init__(self, name: str, streams: int | None, max_batch: int) -> None:
         self.device = torch.device(name)
         self.slots = streams or (2 if self.device.type == "cuda" else 1)
+        self.max_batch = max_batch
+        self.threads = max(1, cores() // self.slots)
+        self._waiting: list[Item] = []
+        self._lock = threading.Lock()
         self._slot = threading.local()
+        self._streams: SimpleQueue[torch.cuda.Stream | None] = SimpleQueue()
+        for _ in range(self.slots):
+            self._streams.put(self._open_stream())
         self._executor = ThreadPoolExecutor(self.slots, "compute", initializer=self._open_slot)
         torch.backends.cudnn.allow_tf32 = False
 
-    def run(
-        self, model: Model, plan: Plan, pictures: Pixels, check: Callable[[], None], max_batch: int
-    ) -> tuple[list[Explained], float]:
-        """Explain pictures (N,H,W,3) in chunks of at most `max_batch`; also the seconds waited for a slot.
+    def put(self, items: list[Item]) -> None:
+        """Let pictures wait for a slot, all at once, so that they may share a batch.
 
-        `check` is called between the steps and raises where nobody waits any more. Raises OutOfDeviceMemory.
+        Each one's `result` is set on the slot's thread: DeadlineExceeded where its order was gone before its turn,
+        OutOfDeviceMemory, or whatever the model or the method raised, which is logged.
         """
-        explained: list[Explained] = []
-        waited = 0.0
-        for start in range(0, len(pictures), max_batch):  # one at a time: other requests get their turn in between
-            chunk = slice(start, start + max_batch)
-            asked = time.perf_counter()
-            part, started = self._executor.submit(self._chunk, model, plan, pictures, chunk, check).result()
-            explained += part
-            waited += started - asked
-        return explained, waited
+        with self._lock:
+            self._waiting += items
+        for _ in items:  # enough for batches of one; where they were larger, the last of these find nothing
+            self._executor.submit(self._work)
+
+    def run(
+        self, model: Model, plan: Plan, pictures: Pixels, gone: Callable[[], bool] = lambda: False
+    ) -> list[Explained]:
+        """Explain pictures (N,H,W,3) while the caller waits. Raises what `put` says."""
+        order = Order(model, plan.tasks, gone)
+        items = [Item(order, pixels, classes) for pixels, classes in zip(pictures, plan.classes, strict=True)]
+        self.put(items)
+        return [item.result.result().explained for item in items]
 
     def enter(self) -> None:
         """Make the device the calling thread's own, for what is loaded and captured there."""
@@ -48,22 +112,81 @@ class Device:
             torch.cuda.set_device(self.device)
 
     def close(self) -> None:
-        self._executor.shutdown(cancel_futures=True)
+        """Finish what waits, and leave no thread."""
+        self._executor.shutdown()
 
     def _open_slot(self) -> None:
         # Backward stays in this thread: autograd's own thread per device would put requests in one line.
         torch.autograd.set_multithreading_enabled(False)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // self.slots))
-        self._slot.stream = self._open_stream()
+        torch.set_num_threads(self.threads)
+        self._slot.stream = self._streams.get()
 
     def _open_stream(self) -> torch.cuda.Stream | None:
         return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def _chunk(
-        self, model: Model, plan: Plan, pictures: Pixels, chunk: slice, check: Callable[[], None]
-    ) -> tuple[list[Explained], float]:
-        started = time.perf_counter()
-        stream: torch.cuda.Stream | None = self._slot.stream
-        with torch.cuda.stream(stream):
-            return explain(model, plan, pictures[chunk], plan.classes[chunk], check), started
+    def _work(self) -> None:
+        batch, gone = self._take()
+        for item in gone:
+            item.result.set_exception(abandoned())
+        if batch:
+            with torch.cuda.stream(self._slot.stream):
+                _compute(batch)
+
+    def _take(self) -> tuple[list[Item], list[Item]]:
+        """The next batch, and everything that nobody waits for any more."""
+        with self._lock:
+            gone = {item for item in self._waiting if item.order.gone()}
+            alive = sorted((item for item in self._waiting if item not in gone), key=lambda item: item.order.since)
+            batch = [item for item in alive if item.suits(alive[0])][: self.max_batch]
+            taken = gone.union(batch)
+            self._waiting = [item for item in self._waiting if item not in taken]
+            now = time.perf_counter()
+            for item in batch:
+                item.order.since = now
+        return batch, list(gone)
+
+
+def _compute(batch: list[Item]) -> None:
+    """Set the result of each item. What fails in company is tried again request by request: one alone is guilty."""
+    order = batch[0].order
+    orders = dict.fromkeys(item.order for item in batch)
+
+    def check() -> None:
+        if all(order.gone() for order in orders):
+            raise abandoned()
+
+    failure = None
+    started = time.perf_counter()
+    try:
+        pixels = np.stack([item.pixels for item in batch])
+        explained = explain(order.model, order.tasks, pixels, tuple(item.classes for item in batch), check)
+    except Exception as error:
+        if not isinstance(error, ServiceError):
+            logger.exception("a batch of %d pictures of %d requests failed", len(batch), len(orders))
+        failure = bare(error)
+    ended = time.perf_counter()
+    if failure is None:
+        for item, one in zip(batch, explained, strict=True):
+            item.result.set_result(Computed(one, started, ended))
+    elif len(orders) == 1:
+        for item in batch:
+            item.result.set_exception(failure)
+    else:
+        for order in orders:
+            _compute([item for item in batch if item.order is order])
+
+
+def abandoned() -> DeadlineExceeded:
+    """The error of a request that was cancelled, or whose deadline has passed."""
+    return DeadlineExceeded("Nobody waits for this request any more.")
+
+
+def bare(error: E) -> E:
+    """The error without the frames that it came through, which would keep a batch's tensors alive."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

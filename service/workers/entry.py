@@ -12,9 +12,15 @@ from service.settings import Settings
 
 
 def run(connection: Connection, device: str, settings: Settings, entries: tuple[Entry, ...], folder: Path) -> None:
-    """Serve the models of `entries` on `device` until told to stop. `folder` is temporary and common to all workers."""
+    """Serve the models of `entries` on `device` until told to stop.
+
+    `folder` is temporary and common to all workers; each has a folder of its own in it, by its process id.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to the whole group; the parent decides
         signal.signal(number, signal.SIG_IGN)
+    own = folder / str(os.getpid())  # the parent removes it: whoever is killed leaves unpacked packages behind
+    own.mkdir()
+    os.environ["TMPDIR"] = str(own)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads would compete with those of the network
     from service.workers import child
 

@@ -29,8 +29,8 @@ def load_into(engine: Engine, entry: Entry, captured: Path | None = None) -> Mod
         spec = read_spec(entry.folder)
         if spec.type != SERVED_TYPE:
             raise ModelLoadError(f"models of type {spec.type!r} are not supported, only {SERVED_TYPE!r}")
-        model = load(entry.id, spec, entry.folder, engine.device.device, captured)
-        info = _describe(model)
+        model = load(entry.id, spec, entry.folder, engine.device.device, captured, engine.activations)
+        info = describe(model)
         _prove(model, engine)
     except Exception as error:
         expected = isinstance(error, ModelLoadError)
@@ -54,12 +54,13 @@ def _prove(model: Model, engine: Engine) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
     request = ExplainRequest(model.id, pictures=(b"",) * 2, target_classes=((),) * 2, methods=("guided_grad_cam",))
     try:
-        engine.device.run(model, make_plan(request, model), pictures, lambda: None, max_batch=2)
+        engine.device.run(model, make_plan(request, model), pictures)
     except Exception as error:
         raise ModelLoadError(f"its first heatmap failed: {type(error).__name__}: {error}") from error
 
 
-def _describe(model: Model) -> ModelInfo:
+def describe(model: Model) -> ModelInfo:
+    """What `GET /models/{id}` tells of a model that serves."""
     layers = model.layers
     return ModelInfo(
         id=model.id,
@@ -74,6 +75,8 @@ def _describe(model: Model) -> ModelInfo:
         num_classes=len(model.labels),
         default_layer=layers.default,
         recommended_layer=layers.recommended,
+        compiled_layers=model.heads.compiled_layers,
+        compiled_bytes=model.heads.compiled_bytes,
         layers=tuple(_describe_layer(row, model) for row in layers.rows),
         classes=model.labels,
     )

@@ -27,7 +27,7 @@ def explain(pictures: list[Path], method: str, out: Path, models: Path | None, m
     files = _files(pictures, out)
     settings = Settings(models=models)
     entry = _choose(scan(models), model_id)
-    engine = Engine(Device(resolve(settings.device)[0], settings.streams), settings)
+    engine = Engine(Device(resolve(settings.device)[0], settings.streams, settings.max_batch), settings)
     try:
         info = load_into(engine, entry)
         if info.state != "ready":

@@ -125,6 +125,7 @@ class ModelInfo:
     default_layer: str | None = None
     recommended_layer: str | None = None
     compiled_layers: tuple[str, ...] = ()
+    compiled_bytes: int = 0
     layers: tuple[LayerInfo, ...] = ()
     classes: tuple[str, ...] = ()
 
@@ -165,7 +166,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Hello:
-    """Child to parent, first: the device it serves, how many jobs it takes at a time, and the methods it knows."""
+    """Child to parent, first: the device it serves, how many pictures it takes at a time, and the methods it knows."""
 
     device: str
     capacity: int

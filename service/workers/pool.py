@@ -10,6 +10,7 @@ import contextlib
 import logging
 import multiprocessing
 import queue
+import shutil
 import tempfile
 import threading
 import time
@@ -53,12 +54,13 @@ class Worker:
         """`receive` is called on the event loop with each message, and with None when the process is gone."""
         context = multiprocessing.get_context("spawn")
         self.device = device
-        self.jobs: set[int] = set()
+        self.jobs: dict[int, int] = {}  # and the pictures of each
         self.models: dict[str, ModelInfo] = {}
         self.capacity = 0
         self.gone = threading.Event()
         self.serves = False
         self._receive = receive
+        self._folder = folder
         self._loop = asyncio.get_running_loop()
         self._outbox: queue.SimpleQueue[ToChild | None] = queue.SimpleQueue()
         self._connection, self._child_end = context.Pipe(duplex=True)
@@ -77,8 +79,13 @@ class Worker:
         """Whether this worker can explain with the model now."""
         return model_id in self.models and self.models[model_id].state == "ready"
 
+    @property
+    def pictures(self) -> int:
+        """How many pictures it was given and has not answered."""
+        return sum(self.jobs.values())
+
     def submit(self, job: Job) -> None:
-        self.jobs.add(job.id)
+        self.jobs[job.id] = len(job.request.pictures)
         self._outbox.put(job)
 
     def cancel(self, job_id: int) -> None:
@@ -100,6 +107,7 @@ class Worker:
             if self.process.exitcode is None:
                 self.process.kill()
                 self.process.join()
+            shutil.rmtree(self._folder / str(self.process.pid), ignore_errors=True)
             self.gone.set()
             self._post(None)
 
@@ -150,10 +158,13 @@ class Pool:
             await self._start_worker(device)
 
     def free_worker(self, model_id: str, closed: Collection[Worker] = ()) -> Worker | None:
-        """The least busy worker, none of the `closed`, that has the model and room for a job."""
+        """The least busy worker, none of the `closed`, that has the model and room for a picture.
+
+        A request may have more pictures than there is room: were it to wait for more, small ones would always be first.
+        """
         workers = (worker for worker in self.workers if worker not in closed and worker.has(model_id))
-        free = [worker for worker in workers if len(worker.jobs) < worker.capacity]
-        return min(free, key=lambda worker: len(worker.jobs), default=None)
+        free = [worker for worker in workers if worker.pictures < worker.capacity]
+        return min(free, key=lambda worker: worker.pictures, default=None)
 
     async def stop(self, timeout_s: float) -> None:
         """Let the workers finish what they do, for `timeout_s` seconds at most; afterwards none is left."""
@@ -184,7 +195,7 @@ class Pool:
     def _receive(self, worker: Worker, message: ToParent | None) -> None:
         match message:
             case Done():
-                worker.jobs.discard(message.id)
+                worker.jobs.pop(message.id, None)
                 self._listener.done(message)
             case Hello():
                 worker.capacity = message.capacity

@@ -21,6 +21,7 @@ MODEL_KEYS = [
     "default_layer",
     "recommended_layer",
     "compiled_layers",
+    "compiled_bytes",
 ]
 
 

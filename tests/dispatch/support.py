@@ -81,7 +81,7 @@ class FakeWorker(Worker):
 
     def __init__(self, device: str, receive: Callable[[Worker, ToParent | None], None], started: Callable[..., None]):
         self.device = device
-        self.jobs = set()
+        self.jobs = {}
         self.models = {}
         self.capacity = 0
         self.serves = False
@@ -97,7 +97,7 @@ class FakeWorker(Worker):
         self._started(self)
 
     def submit(self, job: Job) -> None:
-        self.jobs.add(job.id)
+        self.jobs[job.id] = len(job.request.pictures)
         self.given.append(job)
 
     def cancel(self, job_id: int) -> None:

@@ -150,10 +150,11 @@ def test_whatever_happens_the_depth_keeps_its_bounds_and_every_request_ends(step
                 assert len(held) <= 5
                 assert sum(pictures for pictures, _ in held) <= 9
                 assert sum(size for _, size in held) <= 20
-                assert all(len(worker.jobs) <= 2 for worker in workers)
+                # there was room before the last of its requests
+                assert all(worker.pictures - max(worker.jobs.items(), default=(0, 0))[1] < 2 for worker in workers)
                 if "die" not in [action for action, _, _ in steps]:  # what lost its worker may wait for an empty one
                     waiting = len(held) - sum(len(worker.jobs) for worker in workers)
-                    assert waiting <= 0 or all(len(worker.jobs) == 2 for worker in workers)
+                    assert waiting <= 0 or all(worker.pictures >= 2 for worker in workers)
             await bench.dispatcher.drain(0)
             assert all(task.done() for task, _, _ in tasks)
             for task, _, _ in tasks:
@@ -202,6 +203,26 @@ async def test_the_least_busy_worker_takes_the_next_request() -> None:
             for job_id in worker.ids:
                 worker.finish(job_id)
         await results(tasks)
+
+
+@on_loop
+async def test_a_worker_has_room_for_pictures_and_for_one_request_however_large() -> None:
+    async with Bench() as bench:
+        bench.worker.serve("tiny", capacity=4)
+        tasks = [await bench.ask(pictures=pictures) for pictures in (64, 1, 2, 3, 1)]
+        assert bench.worker.ids == [1]
+        bench.worker.finish(1)
+        await settle()
+        assert bench.worker.ids == [1, 2, 3, 4], "1 + 2 pictures left room for one, and the oldest request has three"
+        bench.worker.finish(2)
+        await settle()
+        assert bench.worker.ids == [1, 2, 3, 4], "five of four"
+        bench.worker.finish(3)
+        await settle()
+        assert bench.worker.ids == [1, 2, 3, 4, 5]
+        for job_id in (4, 5):
+            bench.worker.finish(job_id)
+        assert all(isinstance(one, Answer) for one in await results(tasks))
 
 
 @on_loop

@@ -114,6 +114,7 @@ def test_a_model_is_told_in_full(client: httpx.Client) -> None:
         "default_layer": "2",
         "recommended_layer": "3",
         "compiled_layers": [],
+        "compiled_bytes": 0,
     }
     assert revision.startswith("sha256:")
     assert len(revision) == len("sha256:") + 64

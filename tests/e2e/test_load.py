@@ -75,7 +75,7 @@ def test_the_event_loop_does_not_stall_under_sixteen_clients(repository: Path, t
     picture = Path(__file__).parent.parent / "data" / "chelsea.png"
 
     async def longest_stall() -> float:
-        settings = Settings(models=repository, port=0, device="cpu")
+        settings = Settings(models=repository, port=0, device="cpu", compiled_heads=0)
         app = create_app(settings)
         service = Service(app, settings)
         serving = asyncio.create_task(service.serve())

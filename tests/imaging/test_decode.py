@@ -319,7 +319,15 @@ def test_base64_and_data_uris() -> None:
     data = bytes(range(256))
     text = base64.b64encode(data).decode()
     wrapped = base64.encodebytes(data).decode().replace("\n", "\r\n")
-    for written in (text, wrapped, f" {text}\t", f"data:image/png;base64,{text}", f"DATA:;x=y;BASE64,{wrapped}"):
+    spaced = "\f".join(text[start : start + 5] for start in range(0, len(text), 5)) + "\v"
+    for written in (
+        text,
+        wrapped,
+        spaced,
+        f"\n{text}\t",
+        f"data:image/png;base64,{text}",
+        f"DATA:;x=y;BASE64,{wrapped}",
+    ):
         assert decode_base64(written) == data
 
 
@@ -333,6 +341,9 @@ def test_base64_and_data_uris() -> None:
         ("data:image/png;base64", ";base64,"),
         ("YWJ", "padding"),
         ("YWJj=YWJj", "standard alphabet"),
+        ("YWJj=", "padding"),
+        ("YQ", "padding"),
+        ("Y", "padding"),
         ("-_-_", "standard alphabet"),
         ("YWJ\u00e9", "standard alphabet"),
         ("data:image/png;base64,???", "standard alphabet"),

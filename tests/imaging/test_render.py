@@ -71,6 +71,38 @@ def test_an_overlay_by_hand() -> None:
         assert np.abs(shown(RAMP, alpha=alpha)[0] - expected).max() <= 0.5 + 1e-4
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 0.3, 0.5, 0.77, 1.0])
+def test_every_colour_over_every_value_is_the_formula_rounded(alpha: float) -> None:
+    levels, values = np.meshgrid(np.arange(256), np.arange(256))
+    picture = np.repeat(values.astype(np.uint8)[..., None], 3, axis=2)
+    geometry = Geometry(256, 256, (0.0, 0.0, 256.0, 256.0), (256, 256))
+    style = Style(colormap="turbo", alpha=alpha)
+    answer = read(render(levels.astype(np.float32), geometry, picture, "none", style))
+    formula = alpha * colour_table("turbo")[levels].astype(np.float64) + (1 - alpha) * values[..., None]
+    # float32 leaves a value that lies between two levels to either of them.
+    decided = np.abs(formula % 1 - 0.5) > 1e-4
+    np.testing.assert_array_equal(answer[decided], np.rint(formula)[decided])
+    assert np.abs(answer - formula).max() <= 0.5 + 1e-4
+
+
+def test_an_image_is_as_good_as_its_pixels_and_is_read_only_where_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(PICTURE)
+    raw = np.array([[1, 2]], np.float32)
+    for style in (Style(), Style("heatmap", "jpeg"), Style(alpha=0.2, encoding="webp")):
+        one, other = (render(raw, CROP, under, "scale_after_relu", style) for under in (image, PICTURE))
+        assert one == other
+
+    def unwanted(*_: object) -> bytes:
+        raise AssertionError("the picture's pixels were copied")
+
+    monkeypatch.setattr(image, "tobytes", unwanted)
+    with pytest.raises(AssertionError, match="were copied"):
+        render(raw, CROP, image, "scale_after_relu", Style())
+    for style in (Style("npy"), Style("gray"), Style("gray16"), Style("heatmap")):
+        expected = render(raw, CROP, PICTURE, "scale_after_relu", style)
+        assert render(raw, CROP, image, "scale_after_relu", style) == expected
+
+
 def test_an_overlay_of_many_rows_is_blended_everywhere() -> None:
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (150, 7, 3), dtype=np.uint8)

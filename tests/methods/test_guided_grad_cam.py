@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from service.explain import LayerParams, Pass
+from service.explain import LayerParams
 from service.methods.guided_grad_cam import GuidedGradCam
 from service.models.program import Program
-from tests.nets import SMALL, close_to, deep, explain, hand, hand_picture, images, peer_copy, request, table
+from tests.nets import SMALL, close_to, deep, explain, hand, hand_picture, images, peer_copy, request, table, trace_of
 
 CLASSES = [3, 7]
 # The module whose output each network's default layer is read at: the batch norm behind the convolution.
@@ -26,7 +26,7 @@ DEFAULTS = {
 
 
 def ours(program: Program, pictures: Tensor, classes: list[int]) -> Tensor:
-    trace = Pass(program, pictures, table(program).target(None, True)).trace(torch.tensor(classes))
+    trace = trace_of(program, pictures, table(program).target(None, True), classes)
     return GuidedGradCam().heatmap(trace, LayerParams())
 
 
@@ -105,7 +105,7 @@ def test_equals_a_float64_oracle_of_the_guided_rule(network: str) -> None:
     answer = ours(program, pictures, CLASSES).movedim(-1, 1)
     oracle, guided = oracle_64(net, DEFAULTS[network], pictures, CLASSES)
     assert close_to(answer, oracle) < 1e-4
-    trace = Pass(program, pictures).trace(torch.tensor(CLASSES))
+    trace = trace_of(program, pictures, table(program).target(None, True), CLASSES)
     assert close_to(trace.guided_gradient, guided) < 1e-4
 
 

@@ -9,11 +9,23 @@ from torch.nn import functional as F
 from torchvision.models.maxvit import MaxVit
 
 from service.errors import InvalidGenParams, UnknownLayer
-from service.explain import Pass
 from service.models.grids import Grid
 from service.models.layers import Layer, LayerTable
 from service.models.program import Program
-from tests.nets import SMALL, Dense, Residual, Varied, close_to, deep, from_timm, images, program_of, seeded, table
+from tests.nets import (
+    SMALL,
+    Dense,
+    Residual,
+    Varied,
+    close_to,
+    deep,
+    from_timm,
+    images,
+    program_of,
+    seeded,
+    table,
+    trace_of,
+)
 
 
 def row(of: LayerTable, name: str) -> Layer:
@@ -96,7 +108,7 @@ def test_a_network_whose_convolution_is_the_stem_defaults_to_recommended(network
     assert target.name == of.recommended
     assert (target.grid.height, target.grid.width) == (3, 3)
     assert not program.crossing(target.node)
-    gradient = Pass(program, images(2, SMALL), target).gradient(torch.tensor([1, 2]))
+    gradient = trace_of(program, images(2, SMALL), target, [1, 2]).gradient
     assert (gradient.flatten(1).abs().amax(dim=1) > 0).all()
 
 
@@ -106,11 +118,11 @@ def test_no_deeper_value_of_a_vit_than_the_recommended_one_has_a_gradient_at_its
     of = table(program)
     assert of.recommended == "encoder.layers.encoder_layer_10"
     last = of.target("encoder.layers.encoder_layer_11", use_conv_only=True)
-    assert Pass(program, images(1, SMALL), last).gradient(torch.tensor([1])).count_nonzero() == 0
+    assert trace_of(program, images(1, SMALL), last, [1]).gradient.count_nonzero() == 0
 
 
 def activation_of(program: Program, layer: str, pictures: Tensor) -> Tensor:
-    return Pass(program, pictures, table(program).target(layer, use_conv_only=True)).activation
+    return trace_of(program, pictures, table(program).target(layer, use_conv_only=True), [0] * len(pictures)).activation
 
 
 def eager(module: nn.Module, layer: str, pictures: Tensor) -> Tensor:
@@ -238,7 +250,7 @@ def test_a_module_called_twice_is_its_last_call_and_at_k_picks_another() -> None
         of.target("relu@3", use_conv_only=True)
     pictures, module, program = images(2, 12), seeded(Residual), residual()._program
     stem = F.relu(module.get_submodule("stem")(pictures))
-    assert torch.equal(Pass(program, pictures, calls[0]).activation, stem)
+    assert torch.equal(trace_of(program, pictures, calls[0], [0]).activation, stem)
 
 
 def test_an_unknown_layer_names_its_nearest_matches() -> None:

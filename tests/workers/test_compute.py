@@ -1,5 +1,8 @@
 """Plan, compute and scaling on paper; batches, chunks and threads change nothing; the model stays untouched."""
 
+import contextlib
+import functools
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cache
@@ -178,20 +181,17 @@ def test_eight_threads_at_once_equal_one_after_the_other() -> None:
     model = tiny("residual")
     shown = [pictures(3, 12, seed=number) for number in range(8)]
     plans = [make_plan(request(3, (number % 5,), (), (0, 3), methods=BOTH), model) for number in range(8)]
-    with closing(Device("cpu", 2)) as device, ThreadPoolExecutor(8) as clients:
-        serial = [device.run(model, plan, one, lambda: None, 2)[0] for plan, one in zip(plans, shown, strict=True)]
+    with closing(Device("cpu", 2, 2)) as device, ThreadPoolExecutor(8) as clients:
+        serial = [device.run(model, plan, one) for plan, one in zip(plans, shown, strict=True)]
         for _ in range(3):
-            futures = [
-                clients.submit(device.run, model, plan, one, lambda: None, 2)
-                for plan, one in zip(plans, shown, strict=True)
-            ]
+            futures = [clients.submit(device.run, model, plan, one) for plan, one in zip(plans, shown, strict=True)]
             for future, alone in zip(futures, serial, strict=True):
-                assert_same(future.result()[0], alone, 1e-5)
+                assert_same(future.result(), alone, 1e-5)
 
 
 def state_of(model: Model) -> list[tuple[str, bool, int, list[tuple[str, torch.Tensor, bool]]]]:
     """Everything on the model's modules that a request could leave a trace in."""
-    parts: list[nn.Module] = [model.program.source, model.program.forward, model.program.guided()]
+    parts: list[nn.Module] = [model.program.source, model.program.split().head, model.program.guided()]
     parts += [part for row in model.layers.rows if row.grid and row.node for part in halves(model, row.name)]
     state = []
     for part in parts:
@@ -230,20 +230,16 @@ def test_a_request_given_up_in_the_middle_leaves_no_trace_either() -> None:
     model, shown = tiny("residual"), pictures(5, 12)
     asked = make_plan(request(5, *TARGETS, methods=BOTH), model)
     before = state_of(model)
-    with closing(Device("cpu", 1)) as device:
-        first = device.run(model, asked, shown, lambda: None, 5)[0]
-        for last in range(1, 8):  # one check before the chunk, and one before each of three classes of two methods
-            calls = iter(range(1, last))
-
-            def check(calls: object = calls) -> None:
-                assert hasattr(calls, "__next__")
-                if next(calls, None) is None:
-                    raise DeadlineExceeded("gone")
-
-            with pytest.raises(DeadlineExceeded):
-                device.run(model, asked, shown, check, 5)[0]
+    with closing(Device("cpu", 1, 5)) as device:
+        first = device.run(model, asked, shown)
+        for last in itertools.count():  # given up at every moment at which it can be
+            asks = itertools.count()
+            with contextlib.suppress(DeadlineExceeded):
+                device.run(model, asked, shown, functools.partial(lambda asks, last: next(asks) >= last, asks, last))
+                break
             assert_untouched(model, before)
-        again = device.run(model, asked, shown, lambda: None, 5)[0]
+        assert last > 12, "at least once for every class of every method"
+        again = device.run(model, asked, shown)
     for one, other in zip(first, again, strict=True):
         for raw, same in zip(one.maps, other.maps, strict=True):
             np.testing.assert_array_equal(raw.values, same.values)
@@ -264,7 +260,7 @@ def test_too_little_memory_halves_the_batch_and_changes_nothing(monkeypatch: pyt
     monkeypatch.setattr(Model, "normalise", stingy)
     limit = 1
     assert_same(explain(model, request(5, *TARGETS, methods=BOTH), shown), alone, 1e-5)
-    assert sizes == [5, 2, 1, 1, 3, 1, 2, 1, 1]
+    assert sizes == [3, 1, 2, 1, 1, 1, 1], "those with as many classes together"
     limit = 0
     with pytest.raises(OutOfDeviceMemory):
         explain(model, request(5, *TARGETS, methods=BOTH), shown)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import gc
 import io
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import SimpleQueue
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import pytest
@@ -28,20 +34,26 @@ from service.errors import (
 from service.explain import REGISTRY, CamParams, LayerParams, Method, Trace, grad_cam, register
 from service.models.repository import Entry
 from service.settings import Settings
+from service.workers import edges
 from service.workers.device import Device
+from service.workers.edges import Picture
 from service.workers.engine import Engine
 from service.workers.loading import load_into
 from service.workers.messages import Answer, Done, ExplainRequest, Job
+from service.workers.run import Run
 from tests.conftest import write_tiny
 
 FAR = float("inf")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     write_tiny(folder)
-    one = Engine(Device("cpu", None), Settings(max_batch=4))
+    one = Engine(Device("cpu", None, 4), Settings())
     info = load_into(one, Entry("tiny", folder))
     assert info.state == "ready", info.reason
     yield one
@@ -164,7 +176,23 @@ def test_a_cancelled_job_stops_at_its_next_step(engine: Engine, outcomes: Outcom
     assert maps(outcomes.of(asked(1, 0))).shape == (1, 32, 32)
 
 
-def test_a_cancelled_job_starts_no_further_chunk(engine: Engine, outcomes: Outcomes, probe: Probe) -> None:
+@pytest.mark.parametrize("stage", ["decode_picture", "render_picture"])
+def test_a_job_that_is_cancelled_at_the_edges_ends_as_well(
+    engine: Engine, outcomes: Outcomes, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    real = getattr(edges, stage)
+
+    def leave(*args: Any) -> object:
+        engine.cancel(1)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"service.workers.run.{stage}", leave)
+        error(outcomes.of(asked(6, 0, method="grad_cam")), DeadlineExceeded)
+    assert maps(outcomes.of(asked(6, 0, method="grad_cam"))).shape[0] == 6
+
+
+def test_a_cancelled_job_starts_no_further_batch(engine: Engine, outcomes: Outcomes, probe: Probe) -> None:
     probe.before = lambda pictures: engine.cancel(1)
     error(outcomes.of(asked(12, 0)), DeadlineExceeded)
     assert probe.batches == [4]
@@ -173,29 +201,30 @@ def test_a_cancelled_job_starts_no_further_chunk(engine: Engine, outcomes: Outco
 def test_a_job_that_is_cancelled_before_it_starts_computes_nothing(
     engine: Engine, outcomes: Outcomes, probe: Probe
 ) -> None:
-    entered, go = threading.Semaphore(0), threading.Event()
+    entered, go = threading.Event(), threading.Event()
 
     def wait(pictures: int) -> None:
-        entered.release()
+        entered.set()
         assert go.wait(60)
 
     probe.before = wait
-    for job_id in range(engine.capacity):
-        outcomes.submit(asked(1, 0), job_id)
-    assert entered.acquire(timeout=60)
-    outcomes.submit(asked(1, 1), job_id=77)
+    outcomes.submit(asked(1, 0), job_id=76)
+    assert entered.wait(60)
+    outcomes.submit(asked(6, 1), job_id=77)
+    outcomes.submit(asked(2, 2), job_id=78)
     engine.cancel(77)
     go.set()
-    done = {done.id: done.outcome for done in (outcomes.next() for _ in range(engine.capacity + 1))}
-    error(done.pop(77), DeadlineExceeded)
-    assert all(isinstance(outcome, Answer) for outcome in done.values())
-    assert len(probe.batches) == engine.capacity
+    done = {done.id: done.outcome for done in (outcomes.next() for _ in range(3))}
+    error(done[77], DeadlineExceeded)
+    assert maps(done[76]).shape[0] == 1
+    assert maps(done[78]).shape[0] == 2
+    assert probe.batches == [1, 2]
 
 
 def test_a_deadline_that_has_passed_costs_no_work(
     outcomes: Outcomes, probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.workers.engine.decode", pytest.fail)
+    monkeypatch.setattr("service.workers.edges.decode_picture", pytest.fail)
     error(outcomes.of(asked(), deadline=time.monotonic() - 1), DeadlineExceeded)
     assert probe.batches == []
 
@@ -204,7 +233,7 @@ def test_a_deadline_that_passes_between_two_steps_ends_the_job(
     outcomes: Outcomes, probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr("service.workers.engine.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("service.workers.run.time.monotonic", lambda: now[0])
 
     def age(pictures: int) -> None:
         now[0] = 200.0
@@ -250,8 +279,6 @@ def test_tensors_of_the_failed_try_are_gone_when_its_halves_are_tried(
     outcomes: Outcomes, probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A traceback that is still held would pin what filled the memory."""
-    import weakref
-
     held: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
@@ -360,28 +387,161 @@ def test_no_target_class_is_the_most_confident_one_and_no_method_is_no_heatmap(o
     ]
 
 
-def test_closing_leaves_no_thread_and_finishes_what_runs() -> None:
+def test_closing_leaves_no_thread_and_finishes_what_runs(engine: Engine) -> None:
     before = set(threading.enumerate())
-    engine = Engine(Device("cpu", 2), Settings())
-    assert engine.capacity > 2
+    closed = Engine(Device("cpu", 2, 4), Settings())
+    closed.models = engine.models
     seen: SimpleQueue[Done] = SimpleQueue()
-    engine.submit(Job(1, asked(), FAR), seen.put)
-    engine.close()
-    error(seen.get(timeout=60).outcome, ServiceError)  # it has no model: the queue never sends it such a request
+    for job_id in range(4):
+        closed.submit(Job(job_id, asked(6, method="grad_cam"), FAR), seen.put)
+    closed.submit(Job(4, dataclasses.replace(asked(), model_id="none"), FAR), seen.put)
+    closed.close()
+    done = {done.id: done.outcome for done in (seen.get_nowait() for _ in range(5))}
+    error(done.pop(4), ServiceError)  # it has no such model: the queue never sends it such a request
+    assert [maps(outcome).shape[0] for outcome in done.values()] == [6, 6, 6, 6]
     assert set(threading.enumerate()) <= before
 
 
-def test_the_pictures_of_one_request_are_bounded_together(engine: Engine) -> None:
-    limited = Engine(engine.device, Settings(max_request_pixels=2 * 40 * 48))
+def with_settings(engine: Engine, **values: int) -> Engine:
+    limited = Engine(engine.device, Settings.model_validate(values))
     limited.models = engine.models
+    return limited
+
+
+def test_the_pictures_of_one_request_are_bounded_together(engine: Engine) -> None:
+    limited = with_settings(engine, max_request_pixels=2 * 40 * 48)
     assert len(limited.explain(asked(2, method="grad_cam")).results) == 2
-    with pytest.raises(TooManyPixels, match="first 3 pictures have 5760 pixels; a request may have 3840"):
+    with pytest.raises(TooManyPixels, match="have at least 5760 pixels; a request may have 3840"):
         limited.explain(asked(3, method="grad_cam"))
 
 
 def test_the_heatmaps_of_one_request_are_bounded_together(engine: Engine) -> None:
-    limited = Engine(engine.device, Settings(max_heatmap_pixels=2 * 32 * 32))
-    limited.models = engine.models
+    limited = with_settings(engine, max_heatmap_pixels=2 * 32 * 32)
     assert len(limited.explain(asked(1, 0, 1, method="grad_cam")).results[0].heatmaps) == 2
-    with pytest.raises(TooManyPixels, match="have 3072 pixels; one request may ask for 2048"):
+    with pytest.raises(TooManyPixels, match="have at least 3072 pixels; one request may ask for 2048"):
         limited.explain(asked(1, 0, 1, 2, method="grad_cam"))
+    with pytest.raises(TooManyPixels, match="have at least 4096 pixels; one request may ask for 2048"):
+        limited.explain(asked(6, 0, 1, method="grad_cam"))
+
+
+# Stages and threads
+
+
+def counted(real: Callable[P, T], calls: threading.Semaphore) -> Callable[P, T]:
+    """The same, which releases `calls` after each call."""
+
+    @functools.wraps(real)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        result = real(*args, **kwargs)
+        calls.release()
+        return result
+
+    return call
+
+
+def test_one_part_of_a_request_is_decoded_while_another_computes_and_the_last_is_rendered(
+    outcomes: Outcomes, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go = threading.Event(), threading.Event()
+    decoded, rendered = threading.Semaphore(0), threading.Semaphore(0)
+
+    def second_waits(pictures: int) -> None:
+        if len(probe.batches) == 2:
+            entered.set()
+            assert go.wait(60)
+
+    monkeypatch.setattr("service.workers.run.decode_picture", counted(edges.decode_picture, decoded))
+    monkeypatch.setattr("service.workers.run.render_picture", counted(edges.render_picture, rendered))
+    probe.before = second_waits
+    outcomes.submit(asked(12, 0))
+    assert entered.wait(60)
+    assert all(decoded.acquire(timeout=60) for _ in range(12))
+    assert all(rendered.acquire(timeout=60) for _ in range(4))
+    assert not rendered.acquire(blocking=False)
+    go.set()
+    assert maps(outcomes.next().outcome).shape[0] == 12
+    assert probe.batches == [4, 4, 4]
+
+
+def test_requests_that_wait_together_share_a_batch_and_get_what_they_get_alone(
+    engine: Engine, outcomes: Outcomes, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = [maps(outcomes.of(asked(1, number))) for number in range(4)]
+    entered, go = threading.Event(), threading.Event()
+
+    def wait(pictures: int) -> None:
+        entered.set()
+        assert go.wait(60)
+
+    probe.before = wait
+    outcomes.submit(asked(1, 0), job_id=9)
+    assert entered.wait(60)
+    waits = threading.Semaphore(0)
+    monkeypatch.setattr(Device, "put", counted(Device.put, waits))
+    for number in range(4):
+        outcomes.submit(asked(1, number), job_id=number)
+    assert all(waits.acquire(timeout=60) for _ in range(4))
+    go.set()
+    done = {done.id: done.outcome for done in (outcomes.next() for _ in range(5))}
+    assert probe.batches[4:] == [1, 4]
+    for number, expected in enumerate(alone):
+        assert np.abs(maps(done[number]) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_threads_at_once_get_bitwise_what_they_get_alone_in_batches_of_one(engine: Engine) -> None:
+    single = Engine(Device("cpu", 2, 1), Settings())
+    single.models = engine.models
+    requests = [asked(3, number % 5, number // 2, method="grad_cam") for number in range(8)]
+    try:
+        alone = [single.explain(one).results for one in requests]
+        with ThreadPoolExecutor(8) as clients:
+            together = [answer.results for answer in clients.map(single.explain, requests)]
+    finally:
+        single.close()
+    assert together == alone
+
+
+@pytest.mark.parametrize("corrupt", [None, 5])
+def test_nothing_of_a_finished_job_is_kept(
+    outcomes: Outcomes, monkeypatch: pytest.MonkeyPatch, corrupt: int | None
+) -> None:
+    kept: list[weakref.ref[Run] | weakref.ref[Picture]] = []
+    real, start = edges.decode_picture, Run.start
+
+    def decode(*args: Any) -> Picture:
+        picture = real(*args)
+        kept.append(weakref.ref(picture))
+        return picture
+
+    def started(one: Run) -> None:
+        kept.append(weakref.ref(one))
+        start(one)
+
+    monkeypatch.setattr("service.workers.run.decode_picture", decode)
+    monkeypatch.setattr(Run, "start", started)
+    gc.disable()
+    try:
+        outcome = outcomes.of(asked(6, 0, method="grad_cam", corrupt=corrupt))
+        assert isinstance(outcome, Answer) == (corrupt is None)
+        outcomes.of(asked(1, 0, method="grad_cam"))  # the threads have done with the first
+        assert len(kept) >= 1 + 4
+        assert [one() for one in kept[:-2]] == [None] * (len(kept) - 2)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_under_eight_threads_gives_what_the_cpu_gives(engine: Engine, tmp_path: Path) -> None:
+    write_tiny(tmp_path / "tiny")
+    on_gpu = Engine(Device("cuda:0", 2, 4), Settings())
+    requests = [asked(6, number % 5, method="grad_cam") for number in range(8)]
+    try:
+        info = load_into(on_gpu, Entry("tiny", tmp_path / "tiny"))
+        assert info.state == "ready", info.reason
+        with ThreadPoolExecutor(8) as clients:
+            for request, outcome in zip(requests, clients.map(on_gpu.explain, requests), strict=True):
+                expected = maps(engine.explain(request))
+                assert np.abs(maps(outcome) - expected).max() <= 1e-3 * np.abs(expected).max()
+    finally:
+        on_gpu.close()

@@ -1,0 +1,79 @@
+"""Compiled heads on disk: found by a key of everything that shapes them, within a number of bytes.
+
+Packages are native code, so the folder must be the user's own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class PackageStore:
+    """A folder that processes share. The least recently used packages leave when it grows over `max_bytes`."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        """Make the folder where it is missing. Raises OSError where it can't be used, or is not the user's own."""
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.stat()
+        if state.st_uid != os.getuid() or state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError(f"{folder} holds native code: it must be yours, and writable by nobody else")
+        self._folder = folder
+        self._max_bytes = max_bytes
+
+    def find(self, key: str) -> Path | None:
+        """The folder of a finished package, which counts as used now."""
+        package = self._folder / key
+        if not package.is_dir():
+            return None
+        os.utime(package)
+        return package
+
+    @contextmanager
+    def making(self, key: str) -> Iterator[Path]:
+        """An empty folder to make the package in, which becomes that of `key` unless an exception leaves the block.
+
+        One process makes a package at a time, others wait; look for it again once inside.
+        """
+        with (self._folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            partial = self._folder / f"{key}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            try:
+                yield partial
+                if any(partial.iterdir()):
+                    partial.rename(self._folder / key)
+                    self._shrink(keep=key)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def drop(self, key: str) -> None:
+        """Remove a package that is of no use."""
+        shutil.rmtree(self._folder / key, ignore_errors=True)
+
+    def _shrink(self, keep: str) -> None:
+        packages = [entry for entry in self._folder.iterdir() if entry.is_dir() and not entry.suffix]
+        sizes = {package: _size(package) for package in packages}
+        total = sum(sizes.values())
+        for package in sorted(packages, key=lambda package: package.stat().st_mtime):
+            if total <= self._max_bytes:
+                return
+            if package.name != keep:
+                self.drop(package.name)
+                total -= sizes[package]
+
+
+def key_of(*parts: object) -> str:
+    """A name for what these parts shape."""
+    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:32]
+
+
+def _size(package: Path) -> int:
+    return sum(file.stat().st_size for file in package.rglob("*") if file.is_file())

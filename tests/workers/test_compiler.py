@@ -1,0 +1,189 @@
+"""Heads compiled for real, in a process of their own, and swapped in under traffic; one tiny network for all tests."""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import psutil
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from service.models.packages import PackageStore
+from service.models.repository import Entry
+from service.models.resident import Model
+from service.settings import Settings
+from service.workers import compiler
+from service.workers.compiler import COMPILE_AFTER, Compiler
+from service.workers.device import Device
+from service.workers.engine import Engine
+from service.workers.loading import describe, load_into
+from service.workers.messages import ExplainRequest
+from tests.conftest import write_tiny
+from tests.nets import close_to, pictures
+from tests.server import wait_until
+
+COMPILE_S = 240.0
+DEFAULT, EARLIER = "2", "0"  # the two convolutions of the tiny network
+
+
+class Serve(Protocol):
+    def __call__(self, heads: int = 4, cache: str = "cache") -> AbstractContextManager[Served]: ...
+
+
+class Served:
+    """The tiny model in an engine of this process, with a compiler."""
+
+    def __init__(self, models: Path, cache: Path, folder: Path, heads: int) -> None:
+        settings = Settings(compiled_heads=heads, activation_cache=0, max_batch=4)
+        folder.mkdir(exist_ok=True)
+        self.engine = Engine(Device("cpu", None, settings.max_batch), settings)
+        self.told: list[tuple[str, ...]] = []
+        store = PackageStore(cache, 2**30)
+        self.compiler = Compiler(settings, store, self.engine.device, folder, self._changed)
+        self.entry = Entry("tiny", models / "tiny")
+        assert load_into(self.engine, self.entry, folder).state == "ready"
+        self.model = self.engine.models["tiny"]
+
+    def _changed(self, model: Model) -> None:
+        self.told.append(describe(model).compiled_layers)
+
+    def map_of(self, picture: bytes, class_id: int, layer: str = DEFAULT) -> NDArray[np.float32]:
+        """The raw map, as float32."""
+        request = ExplainRequest(
+            "tiny",
+            (picture,),
+            ((class_id,),),
+            ("grad_cam",),
+            gen_params={"target_conv_layer": layer, "scaling": "none"},
+            format="npy",
+            size="model",
+            as_base64=False,
+        )
+        (heatmap,) = self.engine.explain(request).results[0].heatmaps
+        values: NDArray[np.float32] = np.load(io.BytesIO(heatmap.data))
+        return values
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Serve:
+    """Open a `Served` over one store for all tests: what the first test compiles is found by the others."""
+    root = tmp_path_factory.mktemp("compiler")
+    write_tiny(root / "models" / "tiny")
+
+    @contextmanager
+    def opened(heads: int = 4, cache: str = "cache") -> Iterator[Served]:
+        one = Served(root / "models", root / cache, root / "captured", heads)
+        try:
+            yield one
+        finally:
+            one.compiler.close()
+            one.engine.close()
+
+    return opened
+
+
+@pytest.fixture(scope="module")
+def shown() -> list[bytes]:
+    files = []
+    for pixels in pictures(4, 32):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        files.append(file.getvalue())
+    return files
+
+
+@pytest.mark.slow
+def test_a_head_is_swapped_in_under_traffic_and_no_answer_changes(serve: Serve, shown: list[bytes]) -> None:
+    with serve() as served:
+        eager = [served.map_of(picture, 1) for picture in shown]
+        stop = threading.Event()
+        answers: list[list[NDArray[np.float32]]] = []
+
+        def ask() -> None:
+            while not stop.is_set():
+                answers.append([served.map_of(picture, 1) for picture in shown])
+
+        clients = [threading.Thread(target=ask) for _ in range(4)]
+        for client in clients:
+            client.start()
+        served.compiler.add(served.model, served.entry)
+        wait_until(lambda: (DEFAULT,) in served.told, COMPILE_S)
+        before = len(answers)
+        wait_until(lambda: len(answers) > before + 8, 60)
+        stop.set()
+        for client in clients:
+            client.join()
+        assert before > 4
+        for answer in answers:
+            assert all(close_to(ours, oracle) < 1e-4 for ours, oracle in zip(answer, eager, strict=True))
+        assert describe(served.model).compiled_layers == (DEFAULT,)
+        assert describe(served.model).compiled_bytes > 0
+
+
+@pytest.mark.slow
+def test_a_second_process_finds_what_the_first_has_made(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "COMPILER", "no-such-compiler")  # none is needed
+    with serve() as served:
+        served.compiler.add(served.model, served.entry)
+        wait_until(lambda: (DEFAULT,) in served.told, 60)
+
+
+@pytest.mark.slow
+def test_a_layer_that_is_used_often_is_compiled_too_and_the_least_recently_used_head_leaves(
+    serve: Serve, shown: list[bytes]
+) -> None:
+    with serve(heads=1) as served:
+        served.compiler.add(served.model, served.entry)
+        wait_until(lambda: (DEFAULT,) in served.told, 60)
+        eager = served.map_of(shown[0], 2, EARLIER)
+        for _ in range(COMPILE_AFTER - 2):
+            served.map_of(shown[0], 2, EARLIER)
+        assert served.told == [(DEFAULT,)]
+        served.map_of(shown[0], 2, EARLIER)
+        wait_until(lambda: (EARLIER,) in served.told, COMPILE_S)
+        assert served.told == [(DEFAULT,), (), (EARLIER,)]
+        assert close_to(served.map_of(shown[0], 2, EARLIER), eager) < 1e-4
+        for _ in range(COMPILE_AFTER):
+            served.map_of(shown[0], 2, DEFAULT)
+        wait_until(lambda: served.told[-1] == (DEFAULT,), 60)
+
+
+def test_without_a_compiler_the_model_serves_eagerly_and_the_log_says_so(
+    serve: Serve,
+    shown: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(compiler, "COMPILER", "no-such-compiler")
+    with serve(cache="empty") as served, caplog.at_level(logging.WARNING):
+        served.compiler.add(served.model, served.entry)
+        wait_until(lambda: "no-such-compiler" in caplog.text, 60)
+        assert served.map_of(shown[0], 1).any()
+        assert served.told == []
+
+
+def test_closing_ends_the_process_that_compiles(serve: Serve) -> None:
+    with serve(cache="closed") as served:
+        served.compiler.add(served.model, served.entry)
+        me = psutil.Process()
+        wait_until(lambda: any(is_compiling(child) for child in me.children(recursive=True)), 60)
+        served.compiler.close()
+        wait_until(lambda: not any(is_compiling(child) for child in me.children(recursive=True)), 10)
+        assert served.told == []
+
+
+def is_compiling(process: psutil.Process) -> bool:
+    """Whether it is a spawned process other than multiprocessing's resource tracker, or a compiler."""
+    try:
+        command = " ".join(process.cmdline())
+        return process.status() != psutil.STATUS_ZOMBIE and ("spawn_main" in command or "g++" in command)
+    except psutil.NoSuchProcess:
+        return False
