@@ -22,7 +22,7 @@ class ActivationCache:
     def __init__(self, max_bytes: int) -> None:
         """0 bytes keep nothing."""
         self._max_bytes = max_bytes
-        self._kept: OrderedDict[Key, Values] = OrderedDict()
+        self._kept: OrderedDict[Key, tuple[Values, torch.cuda.Event | None]] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
@@ -50,10 +50,11 @@ class ActivationCache:
 
     def _get(self, key: Key) -> Values | None:
         with self._lock:
-            values = self._kept.get(key)
-            if values is not None:
-                self._kept.move_to_end(key)
-                _hold(values)
+            if key not in self._kept:
+                return None
+            self._kept.move_to_end(key)
+            values, ready = self._kept[key]
+            _hold(values, ready)
             return values
 
     def _put_all(self, keys: Sequence[Key], values: Values) -> None:
@@ -62,11 +63,14 @@ class ActivationCache:
             self._put(key, tuple(value[place : place + 1].clone() for value in values))
 
     def _put(self, key: Key, values: Values) -> None:
+        if _size(values) > self._max_bytes:
+            return
         with self._lock:
-            self._bytes += _size(values) - _size(self._kept.pop(key, ()))
-            self._kept[key] = values
+            replaced, _ = self._kept.pop(key, ((), None))
+            self._bytes += _size(values) - _size(replaced)
+            self._kept[key] = values, _ready(values)
             while self._bytes > self._max_bytes:
-                _, dropped = self._kept.popitem(last=False)
+                _, (dropped, _) = self._kept.popitem(last=False)
                 self._bytes -= _size(dropped)
 
 
@@ -74,8 +78,15 @@ def _size(values: Values) -> int:
     return sum(value.nbytes for value in values)
 
 
-def _hold(values: Values) -> None:
-    """The allocator of a CUDA device frees memory for the stream that it was made on: tell it of this one too."""
+def _ready(values: Values) -> torch.cuda.Event | None:
+    """When the current stream will have computed the values; other streams must wait for it."""
+    return torch.cuda.current_stream(values[0].device).record_event() if values[0].is_cuda else None
+
+
+def _hold(values: Values, ready: torch.cuda.Event | None) -> None:
+    """Wait for the stream that makes the values, and tell the allocator, which frees for that stream, of this one."""
+    if ready is not None:
+        torch.cuda.current_stream(values[0].device).wait_event(ready)
     for value in values:
         if value.is_cuda:
             value.record_stream(torch.cuda.current_stream(value.device))

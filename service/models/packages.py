@@ -30,9 +30,10 @@ class PackageStore:
     def find(self, key: str) -> Path | None:
         """The folder of a finished package, which counts as used now."""
         package = self._folder / key
-        if not package.is_dir():
+        try:
+            os.utime(package)
+        except FileNotFoundError:
             return None
-        os.utime(package)
         return package
 
     @contextmanager
@@ -43,8 +44,9 @@ class PackageStore:
         """
         with (self._folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in self._folder.glob("*.partial"):  # by processes that were killed: nobody else is inside
+                shutil.rmtree(left, ignore_errors=True)
             partial = self._folder / f"{key}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             try:
                 yield partial

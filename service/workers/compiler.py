@@ -56,16 +56,18 @@ class Compiler:
         self._closed = False
         self._told = False
         self._lock = threading.Lock()
+        self._counting = threading.Lock()
         threading.Thread(target=self._work, name="compile", daemon=True).start()
 
     def add(self, model: Model, entry: Entry) -> None:
         """Compile the head of the default layer, and later each head that is used often."""
 
         def used(head: Head) -> None:
-            head.uses += 1
-            head.last_used = time.monotonic()
-            if head.uses == COMPILE_AFTER:
-                self._wanted.put((model, entry, head))
+            with self._counting:
+                head.uses += 1
+                head.last_used = time.monotonic()
+                if head.uses == COMPILE_AFTER:
+                    self._wanted.put((model, entry, head))
 
         model.heads.on_use = used
         default = model.heads.at(model.layers.target(None, use_conv_only=True))

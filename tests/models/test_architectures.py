@@ -243,13 +243,6 @@ def test_bad_arguments_of_a_builder_fail_the_model(folder: Path, architecture: s
     assert "no_such_argument" in reason
 
 
-def test_reduced_precision_is_refused(folder: Path) -> None:
-    spec = ModelSpec.model_validate(
-        {"architecture": "python:net:make", "weights": "random:0", "serving": {"precision": "bf16"}}
-    )
-    assert reason_of(spec, folder) == "precision bf16 is not served yet; use fp32"
-
-
 def test_two_models_may_have_a_module_of_one_name(tmp_path: Path) -> None:
     code = "from torch import nn\ndef make():\n    return nn.Linear({0}, {0})\n"
     for size in (2, 3):

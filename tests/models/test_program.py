@@ -1,16 +1,21 @@
 """Captured programs equal the eager network; cuts recompose exactly; the guided rewrite; what is refused and why."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from service.errors import ModelLoadError
-from service.models.layers import LayerTable
-from service.models.program import Program, capture
+from service.explain import Pass, Trace
+from service.models.layers import LayerTable, Target
+from service.models.program import Program, as_tuple, capture
 from tests.nets import (
     SMALL,
     Dense,
@@ -21,9 +26,11 @@ from tests.nets import (
     close_to,
     deep,
     images,
+    peer_copy,
     program_of,
     seeded,
     table,
+    trace_of,
 )
 
 TINY: list[Callable[[], nn.Module]] = [Varied, Residual, Dense, Sizes]
@@ -48,7 +55,7 @@ def scores_of(program: Program, node_name: str, pictures: Tensor) -> Tensor:
 def test_the_captured_forward_is_the_eager_one_bit_for_bit(build: Callable[[], nn.Module], count: int) -> None:
     module = seeded(build)
     pictures = images(count, 12)
-    assert torch.equal(program_of(module, 12).forward(pictures), module(pictures))
+    assert torch.equal(program_of(module, 12).split().head(pictures), module(pictures))
 
 
 @pytest.mark.parametrize("build", TINY)
@@ -68,7 +75,7 @@ def test_a_cut_of_a_deep_network_recomposes_exactly(network: str) -> None:
     module, program = deep(network)
     pictures = images(2, SMALL)
     scores = module(pictures)
-    assert torch.equal(program.forward(pictures), scores)
+    assert torch.equal(program.split().head(pictures), scores)
     names = [row.name for row in table(program).rows if row.grid is not None]
     for name in names[:: len(names) // 3]:
         assert torch.equal(scores_of(program, name, pictures), scores), name
@@ -183,7 +190,7 @@ def test_guided_scores_are_the_plain_ones() -> None:
 )
 def test_a_trailing_softmax_or_sigmoid_is_cut_off(activation: str, layers: list[nn.Module]) -> None:
     pictures = images(3, 8)
-    assert torch.equal(program_of(of(*layers), 8, activation).forward(pictures), of()(pictures))
+    assert torch.equal(program_of(of(*layers), 8, activation).split().head(pictures), of()(pictures))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +247,7 @@ def test_an_output_that_is_no_batch_of_scores_is_refused(module: nn.Module) -> N
 def test_a_kept_program_reloads_equal_with_its_layers(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     fresh, again = capture_to(tmp_path, seeded(build), 12)
     pictures = images(3, 12)
-    assert torch.equal(fresh.forward(pictures), again.forward(pictures))
+    assert torch.equal(fresh.split().head(pictures), again.split().head(pictures))
     one, other = LayerTable(fresh), LayerTable(again)
     shown = [
         [(row.name, row.type, row.output_shape, row.parameters, row.grid, row.reason, of.relu(row)) for row in of.rows]
@@ -274,4 +281,262 @@ def test_a_kept_program_that_cannot_be_read_or_written_costs_a_capture_alone(tmp
         if file.parent.exists():
             file.write_bytes(b"torn")
         program = Program(capture(module, torch.zeros(2, 3, 12, 12), file))
-        assert torch.equal(program.forward(pictures), module(pictures))
+        assert torch.equal(program.split().head(pictures), module(pictures))
+
+
+class Forked(nn.Module):
+    """Numbers to work out by hand: s is red, l = 2 s, r = -3 s, j = l + 10 r; the scores weigh the places of j + s."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 1, 1, bias=False)
+        self.left = nn.Conv2d(1, 1, 1, bias=False)
+        self.right = nn.Conv2d(1, 1, 1, bias=False)
+        self.join = nn.Conv2d(2, 1, 1, bias=False)
+        self.head = nn.Linear(4, 2, bias=False)
+        with torch.no_grad():
+            self.stem.weight.copy_(torch.tensor([1.0, 0, 0]).reshape(1, 3, 1, 1))
+            self.left.weight.fill_(2)
+            self.right.weight.fill_(-3)
+            self.join.weight.copy_(torch.tensor([1.0, 10]).reshape(1, 2, 1, 1))
+            self.head.weight.copy_(torch.tensor([[1.0, 2, 3, 4], [-1, 0, 0, 5]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem(x)
+        scores: Tensor = self.head((self.join(torch.cat([self.left(stem), self.right(stem)], 1)) + stem).flatten(1))
+        return scores
+
+
+@cache
+def forked() -> Program:
+    return program_of(Forked().eval().requires_grad_(False), 2)
+
+
+def targets_of(program: Program, names: Sequence[str]) -> list[Target]:
+    return [table(program).target(name, use_conv_only=True) for name in names]
+
+
+def traces_of(of: Pass, classes: Sequence[int]) -> dict[str, Trace]:
+    backward = of.backward(torch.tensor(classes))
+    return {target.name: backward.trace(target) for target in of.targets}
+
+
+CUTS: list[tuple[list[str], list[str], list[str], list[str]]] = [
+    # targets, and on paper: roots, later, crossing
+    (["left"], ["left"], [], ["stem", "right"]),
+    (["join"], ["join"], [], ["stem"]),
+    (["stem", "join"], ["stem"], ["join"], []),
+    (["left", "right"], ["left", "right"], [], ["stem"]),
+    (["left", "join"], ["left"], ["join"], ["stem", "right"]),
+    (["left", "right", "join"], ["left", "right"], ["join"], ["stem"]),
+    (["stem", "left", "right", "join"], ["stem"], ["left", "right", "join"], []),
+    ([], [], [], ["head"]),
+]
+
+
+@pytest.mark.parametrize(("names", "roots", "later", "crossing"), CUTS)
+def test_what_a_cut_consists_of_on_paper(
+    names: list[str], roots: list[str], later: list[str], crossing: list[str]
+) -> None:
+    called = {row.node: row.name for row in table(forked()).rows}
+
+    def layers(nodes: tuple[fx.Node, ...]) -> list[str]:
+        return [called[node] for node in nodes]
+
+    nodes = [target.node for target in targets_of(forked(), names)]
+    split = forked().split(*nodes)
+    assert (layers(split.roots), layers(split.later), layers(split.crossing)) == (roots, later, crossing)
+    assert forked().split(*reversed(nodes), *nodes) is split, "neither their order nor their number makes another cut"
+
+
+@pytest.mark.parametrize("names", [cut[0] for cut in CUTS[:-1]])
+def test_values_and_gradients_at_several_targets_on_paper(names: list[str]) -> None:
+    red = torch.tensor([[1.0, 2], [3, -4]])
+    shown = torch.stack([torch.stack([red, 7 * red, -red]), torch.stack([-red, red, red])])
+    values = {"stem": red, "left": 2 * red, "right": -3 * red, "join": -28 * red}
+    weights = {0: torch.tensor([[1.0, 2], [3, 4]]), 1: torch.tensor([[-1.0, 0], [0, 5]])}
+    of = Pass(forked(), shown, targets_of(forked(), names))
+    # -27 s weighed by 1, 2, 3, 4 and by -1, 0, 0, 5; s is 1, 2, 3, -4, and -1, -2, -3, 4
+    assert of.logits.tolist() == [[-27 * (1 + 4 + 9 - 16), -27 * (-1 - 20)], [-27 * (-1 - 4 - 9 + 16), -27 * (1 + 20)]]
+    for classes in ([0, 1], [1, 1]):
+        for name, trace in traces_of(of, classes).items():
+            factor = {"stem": 1 + 2 - 30, "left": 1, "right": 10, "join": 1}[name]
+            assert trace.activation.tolist() == [[values[name].tolist()], [(-values[name]).tolist()]], name
+            assert trace.gradient.tolist() == [[(factor * weights[number]).tolist()] for number in classes], name
+
+
+@pytest.mark.parametrize("build", [*TINY, Forked])
+def test_a_cut_at_several_layers_recomposes_exactly_and_has_the_gradients_of_each_alone(
+    build: Callable[[], nn.Module],
+) -> None:
+    module = seeded(build)
+    program = program_of(module, 2 if build is Forked else 12)
+    pictures = images(3, program.images.meta["val"].shape[2:])
+    names = [row.name for row in table(program).rows if row.grid is not None]
+    alone = {target.name: trace_of(program, pictures, target, [1, 0, 1]) for target in targets_of(program, names)}
+    for together in [*itertools.combinations(names, 2), names]:
+        of = Pass(program, pictures, targets_of(program, together))
+        assert torch.equal(of.logits, module(pictures)), together
+        for name, trace in traces_of(of, [1, 0, 1]).items():
+            assert torch.equal(trace.activation, alone[name].activation), (together, name)
+            assert close_to(trace.gradient, alone[name].gradient) < 1e-6, (together, name)
+
+
+@pytest.mark.parametrize(
+    ("network", "names"),
+    [
+        ("resnet18", ["layer2.0.downsample.0", "layer2.0.conv2", "layer3", "layer4.1.conv1", "layer4"]),
+        ("densenet121", ["features.denseblock3.denselayer2.conv2", "features.denseblock3", "features.norm5"]),
+    ],
+)
+def test_several_layers_of_a_deep_network_have_the_gradients_of_each_alone(network: str, names: list[str]) -> None:
+    module, program = deep(network)
+    pictures = images(2, SMALL)
+    of = Pass(program, pictures, targets_of(program, names))
+    assert torch.equal(of.logits, module(pictures))
+    for name, trace in traces_of(of, [3, 999]).items():
+        (target,) = targets_of(program, [name])
+        alone = trace_of(program, pictures, target, [3, 999])
+        assert torch.equal(trace.activation, alone.activation), name
+        assert close_to(trace.gradient, alone.gradient) < 1e-6, name
+
+
+class Woven(nn.Module):
+    """A shortcut, dense connections and parallel branches, with one in-place ReLU called three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.left = nn.Conv2d(4, 4, 1)
+        self.right = nn.Conv2d(4, 4, 3, padding=1)
+        self.last = nn.Conv2d(12, 4, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(4 * 36, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem(x))
+        y = self.relu(self.norm(self.conv(x)) + x)
+        left, right = self.left(y), self.right(y - x)
+        last = self.last(torch.cat([left, F.relu(right, inplace=True), x], 1))
+        scores: Tensor = self.head(self.relu(last + y).flatten(1))
+        return scores
+
+
+# Each target, and the targets that it depends on, on paper. `conv` is the convolution with its batch norm folded in.
+WOVEN: dict[str, set[str]] = {
+    "stem": set(),
+    "relu@0": {"stem"},
+    "conv": {"stem", "relu@0"},
+    "relu@1": {"stem", "relu@0", "conv"},
+    "left": {"stem", "relu@0", "conv", "relu@1"},
+    "right": {"stem", "relu@0", "conv", "relu@1"},
+    "last": {"stem", "relu@0", "conv", "relu@1", "left", "right"},
+    "relu": {"stem", "relu@0", "conv", "relu@1", "left", "right", "last"},
+}
+
+
+@cache
+def woven() -> tuple[nn.Module, Program]:
+    module = seeded(Woven)
+    return module, program_of(module, 6)
+
+
+@cache
+def woven_in_float64(class_id: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """What each target of `Woven` gives, and its gradient, in the eager network."""
+    twin = peer_copy(woven()[0], torch.float64)
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., Tensor]:
+        calls = itertools.count()
+
+        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            kept[f"{name}@{next(calls)}"] = kept[name] = output
+            return output.clone()  # what follows may write into it
+
+        return hook
+
+    for name in ("stem", "norm", "left", "right", "last", "relu"):
+        twin.get_submodule(name).register_forward_hook(keep(name))
+    total = twin(images(2, 6).double())[:, class_id].sum()
+    kept["conv"] = kept["norm"]
+    gradients = torch.autograd.grad(total, [kept[name] for name in WOVEN])
+    return {name: (kept[name].detach(), found) for name, found in zip(WOVEN, gradients, strict=True)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(names=st.lists(st.sampled_from(sorted(WOVEN)), min_size=1), class_id=st.integers(0, 4))
+def test_any_targets_of_a_woven_network_are_those_of_the_eager_one_in_float64(names: list[str], class_id: int) -> None:
+    module, program = woven()
+    targets = {name: table(program).target(name, use_conv_only=True) for name in names}
+    split = program.split(*(target.node for target in targets.values()))
+    assert {name for name in names if targets[name].node in split.roots} == {
+        name for name in names if WOVEN[name].isdisjoint(names)
+    }
+    assert set(split.roots) | set(split.later) == {target.node for target in targets.values()}
+    assert not set(split.roots) & set(split.later)
+    pictures = images(2, 6)
+    scores, *_ = as_tuple(split.tail(*as_tuple(split.head(pictures))))
+    assert torch.equal(scores, module(pictures))
+    of = Pass(program, pictures, list(targets.values()))
+    assert torch.equal(of.logits, scores)
+    for name, trace in traces_of(of, [class_id, class_id]).items():
+        value, gradient = woven_in_float64(class_id)[name]
+        assert close_to(trace.activation, value) < 1e-5, name
+        assert close_to(trace.gradient, gradient) < 1e-5, name
+
+
+class Blocked(nn.Module):
+    """The scores depend on all four layers; no gradient reaches `counted`, and that of `shut` is closed by a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 2, 1)
+        self.shut = nn.Conv2d(2, 2, 1)
+        self.counted = nn.Conv2d(2, 2, 1)
+        self.open = nn.Conv2d(2, 2, 1)
+        self.head = nn.Linear(8, 3)
+        self.alone = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem(x)
+        found = (self.counted(stem) > 0).float()
+        if not self.alone:
+            found = found + F.relu(-self.shut(stem).square() - 1) + self.open(stem)
+        scores: Tensor = self.head(found.flatten(1))
+        return scores
+
+
+def blocked(alone: bool) -> nn.Module:
+    module = seeded(Blocked)
+    assert isinstance(module, Blocked)
+    module.alone = alone
+    return module
+
+
+@pytest.mark.parametrize(
+    "names", [["counted"], ["counted", "shut"], ["counted", "shut", "open"], ["stem", "counted", "shut", "open"]]
+)
+def test_a_target_through_which_no_gradient_flows_has_zeros(names: list[str]) -> None:
+    module, pictures = blocked(alone=False), images(2, 2)
+    program = program_of(module, 2)
+    of = Pass(program, pictures, targets_of(program, names))
+    assert torch.equal(of.logits, module(pictures))
+    for name, trace in traces_of(of, [0, 2]).items():
+        assert trace.gradient.shape == (2, 2, 2, 2)
+        assert bool(trace.gradient.any()) == (name in ("stem", "open")), name
+    if "open" in names:
+        weights = module.get_parameter("head.weight")[[0, 2]].reshape(2, 2, 2, 2)
+        assert torch.equal(traces_of(of, [0, 2])["open"].gradient, weights)
+
+
+def test_scores_that_let_no_gradient_through_at_all_give_zeros_at_every_target() -> None:
+    module, pictures = blocked(alone=True), images(2, 2)
+    program = program_of(module, 2)
+    of = Pass(program, pictures, targets_of(program, ["stem", "counted"]))
+    assert torch.equal(of.logits, module(pictures))
+    for trace in traces_of(of, [0, 1]).values():
+        assert trace.activation.any()
+        assert trace.gradient.tolist() == torch.zeros(2, 2, 2, 2).tolist()

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from service.errors import ModelLoadError
+from service.models.activations import ActivationCache
+from service.models.architectures import build
+from service.models.heads import DTYPES
 from service.models.resident import Model, load
-from service.models.spec import ModelSpec
-from tests.nets import CPU, explain, pictures, request
+from service.models.spec import ModelSpec, Precision
+from tests.nets import CPU, close_to, explain, pictures, request
 
 NETS = """
 import torch
@@ -57,16 +60,24 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def loaded(folder: Path, factory: str, activation: str = "logits", captured: Path | None = None) -> Model:
+def loaded(
+    folder: Path,
+    factory: str,
+    activation: str = "logits",
+    captured: Path | None = None,
+    precision: Precision = "fp32",
+    activations: ActivationCache | None = None,
+) -> Model:
     spec = ModelSpec.model_validate(
         {
             "architecture": f"python:net:{factory}",
             "weights": "random:1",
             "input": SIZE,
             "output": {"activation": activation},
+            "serving": {"precision": precision},
         }
     )
-    return load("net", spec, folder, CPU, captured)
+    return load("net", spec, folder, CPU, captured, activations)
 
 
 def test_softmax_and_logits_networks_are_explained_alike(folder: Path) -> None:
@@ -84,7 +95,7 @@ def test_softmax_and_logits_networks_are_explained_alike(folder: Path) -> None:
 def test_sigmoid_networks_have_independent_confidences(folder: Path) -> None:
     model = loaded(folder, "sigmoid", "sigmoid")
     (answer,) = explain(model, request(1), shown := pictures(1, 8))
-    logits = model.program.forward(model.normalise(shown))[0]
+    logits = model.program.split().head(model.normalise(shown))[0]
     np.testing.assert_allclose(answer.confidences, 1 / (1 + np.exp(-logits.numpy())), rtol=1e-6)
 
 
@@ -134,3 +145,73 @@ def test_a_captured_model_is_read_back_and_explains_the_same(folder: Path, tmp_p
         np.testing.assert_array_equal(one.confidences, other.confidences)
         for raw, same in zip(one.maps, other.maps, strict=True):
             np.testing.assert_array_equal(raw.values, same.values)
+
+
+REDUCED: list[Precision] = ["bf16", "fp16"]
+
+
+@pytest.mark.parametrize("kind", ["logits", "softmax"])
+@pytest.mark.parametrize("precision", REDUCED)
+def test_a_model_of_reduced_precision_has_a_reduced_head_over_exact_weights(
+    folder: Path, precision: Precision, kind: str
+) -> None:
+    model, exact = loaded(folder, kind, kind, precision=precision), loaded(folder, kind, kind)
+    weights = build(model.spec, folder).state_dict()
+    served = model.program.source.state_dict()
+    assert {name: weight.dtype for name, weight in served.items()} == dict.fromkeys(weights, torch.float32)
+    assert all(torch.equal(served[name], weight) for name, weight in weights.items())
+    shown, dtype = pictures(2, 8), DTYPES[precision]
+    images = model.normalise(shown)
+    assert images.dtype == torch.float32
+    assert torch.equal(model.program.split().head(images), exact.program.split().head(images))
+    head = model.heads.at(model.layers.target(None, True))
+    assert (head.precision, head.dtype) == (precision, dtype)
+    convolution = build(model.spec, folder).to(dtype).get_submodule("0")
+    (value,) = head(images)
+    assert torch.equal(value, convolution(images.to(dtype)).float())
+    asked = request(2, (0,), (2,), methods=("grad_cam",))
+    for answer, same in zip(explain(model, asked, shown), explain(exact, asked, shown), strict=True):
+        assert (answer.precision, same.precision) == (precision, "fp32")
+        assert close_to(answer.confidences, same.confidences) < 4 * torch.finfo(dtype).eps
+        assert close_to(answer.maps[0].values, same.maps[0].values) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("missing", ["neither", "the exact one", "the reduced one", "both"])
+def test_a_reduced_model_is_read_back_with_its_reduced_head(folder: Path, missing: str) -> None:
+    """Whichever of the two captured programs is there, the cuts of both still agree."""
+    kept = folder / "captured"
+    kept.mkdir()
+    first = loaded(folder, "logits", captured=kept, precision="bf16")
+    exact, reduced = sorted(kept.iterdir(), key=lambda file: "bf16" in file.name)
+    if missing in ("the exact one", "both"):
+        exact.unlink()
+    if missing in ("the reduced one", "both"):
+        reduced.unlink()
+    again = loaded(folder, "logits", captured=kept, precision="bf16")
+    assert sorted(kept.iterdir()) == sorted([exact, reduced])
+    images = first.normalise(pictures(2, 8))
+    one, other = (model.heads.at(model.layers.target(None, True)) for model in (first, again))
+    assert one.precision == other.precision == "bf16"
+    assert torch.equal(one(images)[0], other(images)[0])
+    assert not torch.equal(one(images)[0], first.heads.at(first.layers.target(None, True)).exact(images))
+
+
+def test_a_model_of_another_precision_has_another_revision_and_program(folder: Path) -> None:
+    kept = folder / "captured"
+    kept.mkdir()
+    models = [loaded(folder, "logits", captured=kept, precision=precision) for precision in ("fp32", *REDUCED)]
+    assert len({model.revision for model in models}) == 3
+    assert [model.heads.at(model.layers.target(None, True)).precision for model in models] == ["fp32", *REDUCED]
+
+
+def test_a_loaded_model_keeps_activations_where_it_is_told_to(folder: Path) -> None:
+    """Models share what may be kept, and each sees its own alone."""
+    kept, shown = ActivationCache(1 << 20), pictures(1, 8)
+    models = [loaded(folder, kind, kind, activations=kept) for kind in ("logits", "softmax")]
+    heads = [model.heads.at(model.layers.target(None, True)) for model in models]
+    sizes: list[int] = []
+    for head in heads:
+        head.eager.register_forward_pre_hook(lambda _module, inputs: sizes.append(len(inputs[0])))
+    for model in models * 2:
+        explain(model, request(1, (1,), methods=("grad_cam",)), shown)
+    assert sizes == [1, 1]
