@@ -69,7 +69,7 @@ def wait_until(condition: object, timeout_s: float, server: Server | None = None
 
 @contextlib.contextmanager
 def running(folder: Path, *options: str, ready: bool = True, **environment: str) -> Iterator[Server]:
-    """A server with the given options of `serve`; its log goes to `folder`. It compiles nothing unless it is told to."""
+    """A server with the given options of `serve`, its log in `folder`. It compiles nothing unless it is told to."""
     log = folder / "server.log"
     command = [sys.executable, "-m", "service", "serve", "--port", "0", "--device", "cpu", *options]
     with log.open("w") as output:
