@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test check install openapi clean
+.PHONY: serve test check install openapi bench clean
 
 serve: .venv/installed
 	$(BIN)/heatmap-service serve $(if $(PORT),--port $(PORT))
@@ -22,6 +22,10 @@ install: .venv/installed
 openapi: .venv/installed
 	$(BIN)/heatmap-service openapi > openapi/openapi.json
 
+# Ours beside its peers, which come with an extra of their own; ARGS='--quick' and others: benchmarks/README.md.
+bench: .venv/bench
+	$(BIN)/python -m benchmarks $(ARGS)
+
 clean:
 	rm -rf .venv
 
@@ -30,4 +34,8 @@ clean:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo 'Installing into .venv; the first time brings PyTorch and takes some minutes.'
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[test]'
+	touch $@
+
+.venv/bench: .venv/installed
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[bench]'
 	touch $@

@@ -42,7 +42,7 @@ def explain_slowly(server: Server, picture: bytes) -> httpx.Response:
         return client.post(
             f"/models/{model}/heatmap",
             files=[("images", picture)] * 32,
-            data={"method": "guided_grad_cam", "target_classes": ["0", "1", "2"]},
+            data={"method": "guided_grad_cam", "target_classes": ["0", "1", "2"], "timeout_s": "120"},
         )
 
 

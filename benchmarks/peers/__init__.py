@@ -1,0 +1,1 @@
+"""The peers, each used as its documentation advises. Nothing here imports `service`."""
