@@ -57,7 +57,7 @@ class Head:
     def __call__(self, images: Tensor) -> Values:
         """The values at the cut, roots and crossings, raised to fp32, of images (N,3,H,W)."""
         compiled = self.compiled
-        if compiled is None or len(images) > compiled.max_batch:
+        if compiled is None or not compiled.takes(len(images)):
             return raised(self.eager, images.to(self.dtype))
         return raised(compiled, images.to(self.dtype))
 

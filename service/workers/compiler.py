@@ -105,6 +105,9 @@ class Compiler:
         except Exception:
             self._store.drop(job.key)  # it was proven when it was made: the file is damaged
             raise
+        if not compiled.bytes:
+            logger.info("model %s stays eager at %s: compiled it is no faster", model.id, head.name)
+            return
         self._make_room()
         head.compiled = compiled
         self._resident.append((model, head))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from service.models import compiled as compiled_module
 from service.models.compiled import SEVERAL, SINGLE, CompiledHead, Disagreement, Form, compile_head, prove
 from service.models.heads import Heads
 from service.models.layers import LayerTable
@@ -206,6 +207,24 @@ def test_a_head_runs_compiled_up_to_the_largest_batch_and_eagerly_beyond(package
 
 
 @pytest.mark.slow
+def test_what_is_slower_than_eager_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setattr(compiled_module, "NOISE_S", -60.0)  # only what gains a minute
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    compile_head(head_of(program()), replace(FORM, max_batch=1), folder)
+    assert [file.name for file in folder.iterdir()] == ["single.slower"]
+    nothing = CompiledHead(folder, FORM, slots=1)
+    assert nothing.bytes == 0
+    assert not any(nothing.takes(count) for count in range(MAX_BATCH + 1))
+    with pytest.raises(ValueError, match="not compiled for a batch of 1"):
+        nothing(images(1, SIZE))
+    head = Heads(program()).at(LayerTable(program()).target("third", use_conv_only=True))
+    head.compiled = nothing
+    assert_equal(head(images(1, SIZE)), head_of(program())(images(1, SIZE)))
+
+
+@pytest.mark.slow
 def test_one_picture_at_a_time_in_reduced_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = torch.bfloat16
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
@@ -221,7 +240,7 @@ def test_one_picture_at_a_time_in_reduced_precision(tmp_path: Path, monkeypatch:
     assert_equal(compiled(shown), as_tuple(head(shown)), 4 * torch.finfo(dtype).eps)
     with pytest.raises(ValueError, match="compiled for"):
         compiled(images(1, SIZE))
-    with pytest.raises(ValueError, match="batches of 1 to 1, not of 2"):
+    with pytest.raises(ValueError, match="not compiled for a batch of 2"):
         compiled(images(2, SIZE).to(dtype))
     with pytest.raises(Disagreement):
         prove(compiled, head_of(Program(capture(seeded(Varied, 1).to(dtype), example)), "second"), form, counts={1})
