@@ -33,7 +33,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="how often everything is measured (5)")
     parser.add_argument("--seconds", type=float, help="of each engine variant per round (0.3)")
     parser.add_argument("--service-seconds", type=float, help="of each server per round (6)")
-    parser.add_argument("--png-level", type=int, default=1, help="zlib's level of the peers' overlays (1, as ours)")
+    parser.add_argument("--png-level", type=int, default=6, help="zlib's level of the peers' overlays (6, Pillow's)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder in which compiled packages are kept")
     parser.add_argument("--json", type=Path, help="file for the record with every round")
     parser.add_argument("--quick", action="store_true", help="a first impression: resnet50, two short rounds")
