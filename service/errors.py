@@ -106,6 +106,10 @@ class InvalidGenParams(InvalidRequest):
     code, title = "invalid_gen_params", "A parameter of the heatmap method is wrong"
 
 
+class MethodNotSupported(InvalidRequest):
+    code, title = "method_not_supported", "The method cannot explain this network"
+
+
 class UndecodablePicture(InvalidRequest):
     code, title = "undecodable_picture", "A picture cannot be decoded"
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.explain import Pass, Trace
+from service.explain.trace import Pass, Trace
 from service.imaging.geometry import Fit
 from service.models.heads import Heads
 from service.models.layers import LayerTable, Target

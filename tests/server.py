@@ -18,6 +18,9 @@ import psutil
 START_S = 120.0
 STOP_S = 30.0
 
+OPTIONS_OFF = {"aug_smooth": False, "eigen_smooth": False, "grad_modifier": None, "backprop_modifier": None}
+"""Parameters of grad_cam beside HALCON's, as they are unless asked for."""
+
 
 class Server:
     """A running `heatmap-service serve` on a free port."""

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from pydantic import Field
 from torch import Tensor
 
-from service.explain import CamParams, LayerParams, Method, Trace, grad_cam, register
+from service.explain.mathematics import BackpropModifier, GradModifier, channels_weighted, modified, rule_of
+from service.explain.method import WeightedCam, WeightedCamParams, register
+from service.explain.trace import Trace
+
+
+class GradCamParams(WeightedCamParams):
+    grad_modifier: GradModifier | None = Field(
+        None, description="what is done to the gradient before its mean is taken (keras-vis: grad_modifier)"
+    )
+    backprop_modifier: BackpropModifier | None = Field(
+        None, description="how activation functions pass gradients; rectified is deconv (keras-vis: backprop_modifier)"
+    )
 
 
 @register
-class GradCam(Method):
+class GradCam(WeightedCam):
     name = "grad_cam"
-    family = "cam"
-    channels = 1
     paper = "https://arxiv.org/abs/1610.02391"
     description = "Feature maps of the target layer, weighted by the mean gradient of the class score over each."
     cost = "one forward pass, one backward pass through what follows the target layer"
-    Params = CamParams
+    Params = GradCamParams
 
-    def heatmap(self, trace: Trace, params: LayerParams) -> Tensor:
-        return grad_cam(trace)
+    def weighted(self, trace: Trace, params: WeightedCamParams) -> Tensor:
+        assert isinstance(params, GradCamParams)
+        gradient = trace.gradient_under(rule_of(params.backprop_modifier))
+        return channels_weighted(trace.activation, modified(gradient, params.grad_modifier).mean(dim=(2, 3)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from service.explain import LayerParams, Method, Trace, grad_cam, register, upsample
+from service.explain.mathematics import grad_cam, upsample
+from service.explain.method import GenParams, LayerParams, Method, register
+from service.explain.trace import Trace
 
 
 @register
@@ -17,6 +19,6 @@ class GuidedGradCam(Method):
     cost = "two forward passes, one full backward pass, one through what follows the target layer"
     Params = LayerParams
 
-    def heatmap(self, trace: Trace, params: LayerParams) -> Tensor:
+    def heatmap(self, trace: Trace, params: GenParams) -> Tensor:
         coarse = upsample(grad_cam(trace).clamp(min=0), like=trace.images)
-        return (coarse[:, None] * trace.guided_gradient).movedim(1, -1)
+        return (coarse[:, None] * trace.image_gradient_under("guided")).movedim(1, -1)

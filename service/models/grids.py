@@ -48,6 +48,12 @@ class Grid:
             value = value[:, self.prefix :].reshape(len(value), self.height, self.width, -1)
         return value.movedim(-1, 1) if self.prefix is not None or self.channel_axis == 3 else value
 
+    def unfold(self, folded: Tensor, like: Tensor) -> Tensor:
+        """What folds to `folded` (N,C,h,w), with the prefix tokens of `like`."""
+        if self.prefix is not None:
+            return torch.cat([like[:, : self.prefix], folded.flatten(2).mT], dim=1)
+        return folded.movedim(1, -1) if self.channel_axis == 3 else folded
+
 
 def find_grid(node: fx.Node) -> Grid | str:
     """The grid of a batched value, or why it has none."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -38,6 +38,8 @@ ACTIVATIONS = frozenset(
         aten.mish.default,
     }
 )
+Rule = Literal["guided", "deconv"]
+"""How activation functions pass gradients: by the rule of guided backpropagation, or of a deconvolution network."""
 REASON_LENGTH = 400
 MAX_SPLITS = 64
 SQUASHING = {  # the logarithm of a softmax is not the logit either
@@ -112,7 +114,7 @@ class Split:
 
 
 class Program:
-    """A captured network and what is made of it: cuts and the guided rewrite, made once and kept."""
+    """A captured network and what is made of it: cuts, and rewrites with other gradients, made once and kept."""
 
     def __init__(self, graph_module: fx.GraphModule, activation: str = "logits") -> None:
         """`activation` says what the network returns; a trailing softmax or sigmoid is cut off.
@@ -127,46 +129,57 @@ class Program:
         self._check_scores()
         self.tainted = self.descendants(self.images)
         self._order = {node: index for index, node in enumerate(self.nodes)}
+        self._activation = activation
         self._split = functools.lru_cache(MAX_SPLITS)(self._cut)
-        self._guided: fx.GraphModule | None = None
+        self._observed = functools.lru_cache(MAX_SPLITS)(self._observe)
         self._lock = threading.Lock()
 
     @property
     def num_classes(self) -> int:
         return int(self.logits.meta["val"].shape[1])
 
-    def split(self, *targets: fx.Node) -> Split:
+    def confidences(self, logits: Tensor) -> Tensor:
+        """Probabilities (N,classes): softmax, or sigmoid where the classes are independent."""
+        return logits.sigmoid() if self._activation == "sigmoid" else logits.softmax(dim=1)
+
+    def split(self, *targets: fx.Node, rule: Rule | None = None) -> Split:
         """The network cut at `targets`, kept for the next time; the tail holds what depends on them.
 
-        Without targets the head is the whole network.
+        Without targets the head is the whole network. With a rule activation functions pass gradients by it.
         """
         nodes = tuple(sorted(set(targets), key=self._order.__getitem__))
         with self._lock:
-            return self._split(nodes)
+            return self._split(nodes, rule)
 
-    def _cut(self, nodes: tuple[fx.Node, ...]) -> Split:
+    def network(self, rule: Rule | None = None) -> fx.GraphModule:
+        """The whole network, from images to logits.
+
+        `guided` clips the output gradient of every activation function at 0: for a ReLU this is the paper's rule
+        relu(g)·1[x>0] (Springenberg et al. 2015); every other activation function gets the same gate in front of its
+        own derivative. `deconv` gives a ReLU the gradient relu(g) (Zeiler and Fergus 2014), and the others the gate.
+        """
+        return self.split(rule=rule).head
+
+    def observed(self, *nodes: fx.Node) -> fx.GraphModule:
+        """The whole network, from images to (logits, *values of the nodes)."""
+        with self._lock:
+            return self._observed(nodes)
+
+    def _cut(self, nodes: tuple[fx.Node, ...], rule: Rule | None) -> Split:
         behind = {node: self.descendants(node) for node in nodes}
         later = tuple(node for node in nodes if any(node in behind[other] for other in nodes if other is not node))
         roots = tuple(node for node in nodes if node not in later)
         crossing = tuple(self.crossing(*roots))
         return Split(
-            head=self._subgraph([self.images], [*roots, *crossing]),
-            tail=self._subgraph([*roots, *crossing], [self.logits, *later]),
+            head=self._subgraph([self.images], [*roots, *crossing], rule),
+            tail=self._subgraph([*roots, *crossing], [self.logits, *later], rule),
             roots=roots,
             later=later,
             crossing=crossing,
         )
 
-    def guided(self) -> fx.GraphModule:
-        """The network with every activation function's output gradient clipped at 0 (guided backpropagation).
-
-        For a ReLU this is the paper's rule relu(g)·1[x>0] (Springenberg et al. 2015); every other activation
-        function gets the same gate in front of its own derivative.
-        """
-        with self._lock:
-            if self._guided is None:
-                self._guided = self._subgraph([self.images], [self.logits], after=dict.fromkeys(ACTIVATIONS, gate))
-            return self._guided
+    def _observe(self, nodes: tuple[fx.Node, ...]) -> fx.GraphModule:
+        return self._subgraph([self.images], [self.logits, *nodes])
 
     def descendants(self, *nodes: fx.Node) -> frozenset[fx.Node]:
         """All nodes whose value depends on one of `nodes` (these too); sizes don't count."""
@@ -217,12 +230,9 @@ class Program:
         return node.target is aten.sym_size.int and node.args[0] is self.images
 
     def _subgraph(
-        self,
-        inputs: Sequence[fx.Node],
-        outputs: Sequence[fx.Node],
-        after: dict[Any, Callable[[Tensor], Tensor]] | None = None,
+        self, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node], rule: Rule | None = None
     ) -> fx.GraphModule:
-        """The part between `inputs` and `outputs` over the same weights, with `after[op]` behind each such operation.
+        """The part between `inputs` and `outputs` over the same weights, whose gradients follow the rule.
 
         The first input carries the batch in dimension 0: sizes are read off it. One output is returned bare.
         """
@@ -234,10 +244,12 @@ class Program:
                 continue
             if self._is_batch_size(node):
                 new[node] = graph.call_function(aten.sym_size.int, (new[inputs[0]], 0))
-                continue
-            new[node] = graph.node_copy(node, new.__getitem__)
-            if after and node.target in after:
-                new[node] = graph.call_function(after[node.target], (new[node],))
+            elif rule == "deconv" and node.target is aten.relu.default:
+                new[node] = graph.call_function(deconv_relu, (new[node.all_input_nodes[0]],))
+            else:
+                new[node] = graph.node_copy(node, new.__getitem__)
+                if rule and node.target in ACTIVATIONS:
+                    new[node] = graph.call_function(gate, (new[node],))
         results = tuple(new[node] for node in outputs)
         graph.output(results if len(results) > 1 else results[0])
         return fx.GraphModule(self.source, graph)
@@ -289,4 +301,22 @@ class _Gate(torch.autograd.Function):
 def gate(x: Tensor) -> Tensor:
     """`x`, whose gradient passes where it is positive."""
     result: Tensor = _Gate.apply(x)
+    return result
+
+
+class _DeconvRelu(torch.autograd.Function):
+    """The ReLU with the gradient relu(g), whatever its input was."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        return x.relu()
+
+    @staticmethod
+    def backward(_ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].clamp(min=0)
+
+
+def deconv_relu(x: Tensor) -> Tensor:
+    """The ReLU of a deconvolution network."""
+    result: Tensor = _DeconvRelu.apply(x)
     return result

@@ -46,14 +46,18 @@ class Model:
         mean, std = self._mean_std
         return (images.float() / 255 - mean) / std
 
+    def predict(self, images: Tensor) -> Tensor:
+        """The logits of images (N,3,H,W), without a graph, through the head that is compiled first."""
+        target = self.layers.target(None, True)
+        values = self.heads.at(target)(images)
+        with torch.no_grad():
+            logits: Tensor = self.program.split(target.node).tail(*values)
+            return logits
+
     @cached_property
     def _mean_std(self) -> tuple[Tensor, Tensor]:
         values = torch.tensor([self.spec.input.mean, self.spec.input.std], device=self.device)
         return values[0, :, None, None], values[1, :, None, None]
-
-    def confidences(self, logits: Tensor) -> Tensor:
-        """Probabilities (N,classes): softmax, or sigmoid where the classes are independent."""
-        return logits.sigmoid() if self.spec.output.activation == "sigmoid" else logits.softmax(dim=1)
 
 
 def load(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from service.explain import REGISTRY, Method
+from service.explain.method import REGISTRY, Method
 from service.models.packages import PackageStore
 from service.models.repository import Entry
 from service.models.resident import Model

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from service.errors import OutOfDeviceMemory
-from service.explain import Pass
+from service.explain.fusion import heatmap_of
+from service.explain.means import Means, is_out_of_memory
+from service.explain.trace import Pass
 from service.models.resident import Model
 from service.models.spec import Precision
 from service.workers.plan import Task
 
 Pixels = NDArray[np.uint8]
-
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -43,26 +43,28 @@ def explain(
     tasks: tuple[Task, ...],
     pictures: Pixels,
     classes: tuple[tuple[int, ...], ...],
+    chunk: int,
     check: Callable[[], None],
 ) -> list[Explained]:
     """Explain one batch; on too little memory its halves, one after the other.
 
-    `classes` has those of each picture, none for its top class. `check` is called between the steps and may raise.
+    `classes` has those of each picture, none for its top class. Methods that run often take `chunk` images at a time.
+    `check` is called between the steps and may raise.
     Raises OutOfDeviceMemory where there is too little for one picture.
     """
     check()
     try:
-        return _explain_at_once(model, tasks, pictures, classes, check)
+        return _explain_at_once(model, tasks, pictures, classes, chunk, check)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
     # Only here are the failed tensors free: the exception's traceback held them.
     if len(pictures) == 1:
         raise OutOfDeviceMemory("The device has no memory for one picture through this model with this method.")
     half = len(pictures) // 2
     return [
-        *explain(model, tasks, pictures[:half], classes[:half], check),
-        *explain(model, tasks, pictures[half:], classes[half:], check),
+        *explain(model, tasks, pictures[:half], classes[:half], chunk, check),
+        *explain(model, tasks, pictures[half:], classes[half:], chunk, check),
     ]
 
 
@@ -71,17 +73,20 @@ def _explain_at_once(
     tasks: tuple[Task, ...],
     pictures: Pixels,
     classes: tuple[tuple[int, ...], ...],
+    chunk: int,
     check: Callable[[], None],
 ) -> list[Explained]:
     images = model.normalise(pictures)
-    targets = tuple({task.target.node: task.target for task in tasks}.values()) or (model.layers.target(None, True),)
+    by_node = {target.node: target for task in tasks for target in task.targets}
+    targets = tuple(by_node.values()) or (model.layers.target(None, True),)
     head = model.heads.at(*targets)
-    one = Pass(model.program, images, targets, model.heads.values(head, images, pictures))
-    explained = _explain_pass(model, tasks, one, classes, head.precision, check)
+    means = Means(model.predict, chunk, check)
+    one = Pass(model.program, images, targets, model.heads.values(head, images, pictures), means)
+    explained = _explain_pass(tasks, one, classes, head.precision)
     lost = [index for index, each in enumerate(explained) if head.precision != "fp32" and _underflowed(each)]
     if lost:
-        exact = Pass(model.program, images[lost], targets)
-        again = _explain_pass(model, tasks, exact, tuple(classes[index] for index in lost), "fp32", check)
+        exact = Pass(model.program, images[lost], targets, means=replace(means, predict=None))
+        again = _explain_pass(tasks, exact, tuple(classes[index] for index in lost), "fp32")
         for index, each in zip(lost, again, strict=True):
             explained[index] = each
     return explained
@@ -94,26 +99,16 @@ def _underflowed(explained: Explained) -> bool:
 
 
 def _explain_pass(
-    model: Model,
-    tasks: tuple[Task, ...],
-    one: Pass,
-    classes: tuple[tuple[int, ...], ...],
-    precision: Precision,
-    check: Callable[[], None],
+    tasks: tuple[Task, ...], one: Pass, classes: tuple[tuple[int, ...], ...], precision: Precision
 ) -> list[Explained]:
     top = one.logits.argmax(dim=1).tolist()
     chosen = [wanted or (best,) for wanted, best in zip(classes, top, strict=True)]
-    maps = _maps(tasks, one, chosen, check)
-    confidences = model.confidences(one.logits).cpu().numpy()
+    maps = _maps(tasks, one, chosen)
+    confidences = one.program.confidences(one.logits).cpu().numpy()
     return [Explained(confidences[index], maps[index], precision) for index in range(len(chosen))]
 
 
-def _maps(
-    tasks: tuple[Task, ...],
-    one: Pass,
-    chosen: list[tuple[int, ...]],
-    check: Callable[[], None],
-) -> list[tuple[RawMap, ...]]:
+def _maps(tasks: tuple[Task, ...], one: Pass, chosen: list[tuple[int, ...]]) -> list[tuple[RawMap, ...]]:
     """The maps of each picture, tasks outer, classes inner; `chosen` has each picture's classes.
 
     Computed a class at a time, so that no more than one class's gradients are in memory.
@@ -123,8 +118,8 @@ def _maps(
         turns = torch.tensor([wanted[min(turn, len(wanted) - 1)] for wanted in chosen])
         backward = one.backward(turns.to(one.images.device))
         for place, task in enumerate(tasks):
-            check()
-            values = task.method.heatmap(backward.trace(task.target), task.params).float().cpu().numpy()
+            one.means.check()
+            values = heatmap_of(task.method, backward, task.targets, task.params).float().cpu().numpy()
             for index, wanted in enumerate(chosen):
                 if turn < len(wanted):
                     found[index][place].append(RawMap(task, wanted[turn], values[index]))

@@ -58,6 +58,8 @@ class Item:
 
     def suits(self, other: Item) -> bool:
         """Whether the two may share a batch. Their classes may differ, not how many: a hundred would hold up one."""
+        if any(task.method.alone for task in self.order.tasks):
+            return self is other
         return (
             self.order.model is other.order.model
             and (self.order is other.order or self.order.tasks == other.order.tasks)
@@ -130,7 +132,7 @@ class Device:
             item.result.set_exception(abandoned())
         if batch:
             with torch.cuda.stream(self._slot.stream):
-                _compute(batch)
+                _compute(batch, self.max_batch)
 
     def _take(self) -> tuple[list[Item], list[Item]]:
         """The next batch, and everything that nobody waits for any more."""
@@ -146,7 +148,7 @@ class Device:
         return batch, list(gone)
 
 
-def _compute(batch: list[Item]) -> None:
+def _compute(batch: list[Item], max_batch: int) -> None:
     """Set the result of each item. What fails in company is tried again request by request: one alone is guilty."""
     order = batch[0].order
     orders = dict.fromkeys(item.order for item in batch)
@@ -159,7 +161,8 @@ def _compute(batch: list[Item]) -> None:
     started = time.perf_counter()
     try:
         pixels = np.stack([item.pixels for item in batch])
-        explained = explain(order.model, order.tasks, pixels, tuple(item.classes for item in batch), check)
+        classes = tuple(item.classes for item in batch)
+        explained = explain(order.model, order.tasks, pixels, classes, max_batch, check)
     except Exception as error:
         if not isinstance(error, ServiceError):
             logger.exception("a batch of %d pictures of %d requests failed", len(batch), len(orders))
@@ -173,7 +176,7 @@ def _compute(batch: list[Item]) -> None:
             item.result.set_exception(failure)
     else:
         for order in orders:
-            _compute([item for item in batch if item.order is order])
+            _compute([item for item in batch if item.order is order], max_batch)
 
 
 def abandoned() -> DeadlineExceeded:

@@ -14,11 +14,12 @@ from service.errors import (
     FieldError,
     InvalidGenParams,
     InvalidRequest,
+    MethodNotSupported,
     UnknownClass,
     UnknownMethod,
     nearest,
 )
-from service.explain import REGISTRY, LayerParams, Method
+from service.explain.method import REGISTRY, CamParams, GenParams, LayerParams, Method
 from service.models.layers import Target
 from service.models.resident import Model
 from service.workers.messages import ClassRef, ExplainRequest
@@ -29,12 +30,13 @@ class Task:
     """One method with its parameters. `effective` are all of them, as the answer shows them."""
 
     method: Method
-    params: LayerParams
-    target: Target
+    params: GenParams
+    targets: tuple[Target, ...]
 
     @property
     def effective(self) -> dict[str, object]:
-        return {**self.params.model_dump(), "target_conv_layer": [self.target.name]}
+        layers = {"target_conv_layer": [target.name for target in self.targets]} if self.targets else {}
+        return {**self.params.model_dump(), **layers}
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,25 @@ def _method(name: str, pointer: str) -> Method:
 
 def _task(method: Method, gen_params: Mapping[str, object], asked: list[Method], model: Model) -> Task:
     params = _validated(method, gen_params, _own_params(method, gen_params, asked))
-    use_conv_only = getattr(params, "use_conv_only", True)
     try:
-        target = model.layers.target(params.target_conv_layer, use_conv_only)
+        targets = _targets(params, model)
     except InvalidRequest as error:
         key = "use_conv_only" if isinstance(error, InvalidGenParams) else "target_conv_layer"
         error.errors = (_blame(error.detail, *_path(method, gen_params, key)),)
         raise
-    return Task(method, params, target)
+    for target in targets or (None,):
+        if reason := method.refusal(model.program, target):
+            where = f" at {target.name!r}" if target else ""
+            detail = f"{method.name} cannot explain the model {model.id!r}{where}: {reason}."
+            raise MethodNotSupported(detail, errors=(FieldError("/method", detail),))
+    return Task(method, params, targets)
+
+
+def _targets(params: GenParams, model: Model) -> tuple[Target, ...]:
+    if not isinstance(params, LayerParams):
+        return ()
+    use_conv_only = params.use_conv_only if isinstance(params, CamParams) else True
+    return tuple(model.layers.target(name, use_conv_only) for name in params.target_conv_layer or (None,))
 
 
 def _own_params(method: Method, gen_params: Mapping[str, object], asked: list[Method]) -> dict[str, object]:
@@ -87,7 +100,7 @@ def _own_params(method: Method, gen_params: Mapping[str, object], asked: list[Me
     return {**common, **own}
 
 
-def _validated(method: Method, gen_params: Mapping[str, object], values: Mapping[str, object]) -> LayerParams:
+def _validated(method: Method, gen_params: Mapping[str, object], values: Mapping[str, object]) -> GenParams:
     try:
         return method.Params.model_validate(values)
     except ValidationError as error:

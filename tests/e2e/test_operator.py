@@ -32,13 +32,14 @@ from tests.e2e.support import (
     same_map,
     text_of,
 )
+from tests.server import OPTIONS_OFF
 
 REAL = "efficientnet_lite0"
 CAT, CUP = 285, 967
 STAGES = ["queue", "decode", "compute", "render", "total"]
 # A picture of 256 x 256 passes the real model's resize unchanged: the network sees the 224 x 224 in its middle.
 SEEN = slice(16, 240)
-PARAMS = {"target_conv_layer": ["conv_head"], "use_conv_only": True, "scaling": "scale_after_relu"}
+PARAMS = {"target_conv_layer": ["conv_head"], "use_conv_only": True, "scaling": "scale_after_relu", **OPTIONS_OFF}
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +195,12 @@ def test_the_layers_relu_is_taken_with_use_conv_only_false(client: httpx.Client,
     convolution, fused, direct = taken(), taken(use_conv_only=False), taken(target_conv_layer=relu)
     assert same_map(map_of(fused), map_of(direct), 1e-4)
     assert not same_map(map_of(fused), map_of(convolution), 0.05)
-    assert fused["gen_params"] == {"target_conv_layer": ["conv_head"], "use_conv_only": False, "scaling": "none"}
+    assert fused["gen_params"] == {
+        "target_conv_layer": ["conv_head"],
+        "use_conv_only": False,
+        "scaling": "none",
+        **OPTIONS_OFF,
+    }
 
 
 # Scaling
@@ -302,7 +308,7 @@ def test_parameters_for_one_method_alone(client: httpx.Client, small: bytes) -> 
     params: dict[str, Any] = {"target_conv_layer": "0", "grad_cam": {"scaling": "none", "target_conv_layer": "2"}}
     (result,) = results(client, small, method=["grad_cam", "guided_grad_cam"], gen_params=params, format="npy")
     cam, guided = (heatmap["gen_params"] for heatmap in result["heatmaps"])
-    assert cam == {"target_conv_layer": ["2"], "use_conv_only": True, "scaling": "none"}
+    assert cam == {"target_conv_layer": ["2"], "use_conv_only": True, "scaling": "none", **OPTIONS_OFF}
     assert guided == {"target_conv_layer": ["0"]}
 
 

@@ -8,8 +8,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.explain import CamParams
-from service.methods.grad_cam import GradCam
+from service.methods.grad_cam import GradCam, GradCamParams
 from service.models.program import Program
 from tests.nets import (
     SMALL,
@@ -33,7 +32,7 @@ CLASSES = [3, 7]
 
 def ours(program: Program, layer: str, pictures: Tensor, classes: list[int], use_conv_only: bool = True) -> Tensor:
     target = table(program).target(layer, use_conv_only)
-    return GradCam().heatmap(trace_of(program, pictures, target, classes), CamParams())
+    return GradCam().heatmap(trace_of(program, pictures, target, classes), GradCamParams())
 
 
 def test_equals_the_closed_form_on_paper() -> None:

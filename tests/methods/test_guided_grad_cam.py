@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from service.explain import LayerParams
+from service.explain.method import LayerParams
 from service.methods.guided_grad_cam import GuidedGradCam
 from service.models.program import Program
 from tests.nets import SMALL, close_to, deep, explain, hand, hand_picture, images, peer_copy, request, table, trace_of
@@ -106,7 +106,7 @@ def test_equals_a_float64_oracle_of_the_guided_rule(network: str) -> None:
     oracle, guided = oracle_64(net, DEFAULTS[network], pictures, CLASSES)
     assert close_to(answer, oracle) < 1e-4
     trace = trace_of(program, pictures, table(program).target(None, True), CLASSES)
-    assert close_to(trace.guided_gradient, guided) < 1e-4
+    assert close_to(trace.image_gradient_under("guided"), guided) < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore:Setting backward hooks on ReLU")

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from service.errors import ModelLoadError
-from service.explain import Pass, Trace
+from service.explain.trace import Pass, Trace
 from service.models.layers import LayerTable, Target
 from service.models.program import Program, as_tuple, capture
 from tests.nets import (
@@ -123,7 +123,7 @@ class Chain(nn.Module):
 def guided_gradient(activation: Callable[[Tensor], Tensor], pixel: list[float], class_id: int) -> list[float]:
     program = program_of(Chain(activation).eval().requires_grad_(False), 1)
     pictures = torch.tensor(pixel)[None, :, None, None].requires_grad_()
-    (gradient,) = torch.autograd.grad(program.guided()(pictures)[0, class_id], pictures)
+    (gradient,) = torch.autograd.grad(program.network("guided")(pictures)[0, class_id], pictures)
     flat: list[float] = gradient.flatten().tolist()
     return flat
 
@@ -176,7 +176,7 @@ def test_guided_scores_are_the_plain_ones() -> None:
     module = seeded(Residual)
     program = program_of(module, 12)
     pictures = images(3, 12)
-    assert torch.equal(program.guided()(pictures), module(pictures))
+    assert torch.equal(program.network("guided")(pictures), module(pictures))
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_a_kept_program_reloads_equal_with_its_layers(build: Callable[[], nn.Mod
     ]
     assert shown[0] == shown[1]
     assert (one.default, one.recommended) == (other.default, other.recommended)
-    assert torch.equal(fresh.guided()(pictures), again.guided()(pictures))
+    assert torch.equal(fresh.network("guided")(pictures), again.network("guided")(pictures))
     assert list(tmp_path.iterdir()) == [tmp_path / "net.pt2"]
 
 

@@ -37,6 +37,7 @@ from tests.nets import (
     seeded,
     varied,
 )
+from tests.server import OPTIONS_OFF
 
 BOTH = ("grad_cam", "guided_grad_cam")
 # Class by class and layer by layer; the raw maps follow from the numbers in tests.nets.Hand:
@@ -69,7 +70,7 @@ def test_layer_and_scaling_follow_halcon_on_paper(class_id: int, use_conv_only: 
     (answer,) = explain(hand(nn.ReLU()), asked, hand_picture())
     (raw,) = answer.maps
     assert raw.class_id == class_id
-    assert raw.task.effective == {"target_conv_layer": ["conv"], **params}
+    assert raw.task.effective == {"target_conv_layer": ["conv"], **params, **OPTIONS_OFF}
     expected = RAW_MAPS[class_id, use_conv_only]
     np.testing.assert_allclose(raw.values, expected, rtol=0, atol=1e-5 * 8)
     scaled = scale(raw.values, scaling)
@@ -191,7 +192,7 @@ def test_eight_threads_at_once_equal_one_after_the_other() -> None:
 
 def state_of(model: Model) -> list[tuple[str, bool, int, list[tuple[str, torch.Tensor, bool]]]]:
     """Everything on the model's modules that a request could leave a trace in."""
-    parts: list[nn.Module] = [model.program.source, model.program.split().head, model.program.guided()]
+    parts: list[nn.Module] = [model.program.source, model.program.split().head, model.program.network("guided")]
     parts += [part for row in model.layers.rows if row.grid and row.node for part in halves(model, row.name)]
     state = []
     for part in parts:

@@ -31,7 +31,9 @@ from service.errors import (
     UnknownClass,
     UnknownMethod,
 )
-from service.explain import REGISTRY, CamParams, LayerParams, Method, Trace, grad_cam, register
+from service.explain.mathematics import grad_cam
+from service.explain.method import REGISTRY, CamParams, GenParams, Method, register
+from service.explain.trace import Trace
 from service.models.repository import Entry
 from service.settings import Settings
 from service.workers import edges
@@ -42,6 +44,7 @@ from service.workers.loading import load_into
 from service.workers.messages import Answer, Done, ExplainRequest, Job
 from service.workers.run import Run
 from tests.conftest import write_tiny
+from tests.server import OPTIONS_OFF
 
 FAR = float("inf")
 
@@ -98,7 +101,7 @@ class Probe(Method):
         self.batches: list[int] = []
         self.before: Callable[[int], None] = lambda pictures: None
 
-    def heatmap(self, trace: Trace, params: LayerParams) -> Tensor:
+    def heatmap(self, trace: Trace, params: GenParams) -> Tensor:
         self.batches.append(len(trace.images))
         self.before(len(trace.images))
         return grad_cam(trace)
@@ -282,7 +285,7 @@ def test_tensors_of_the_failed_try_are_gone_when_its_halves_are_tried(
     held: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
-    def heatmap(trace: Trace, params: LayerParams) -> Tensor:
+    def heatmap(trace: Trace, params: GenParams) -> Tensor:
         alive.append(sum(reference() is not None for reference in held))
         local = trace.activation.clone()
         held.append(weakref.ref(local))
@@ -362,7 +365,12 @@ def test_an_answer_says_what_was_computed_and_how_long_it_took(outcomes: Outcome
         assert first.class_name == ("ant", "bee", "cat", "dog", "cat")[first.class_id]
         (heatmap,) = result.heatmaps
         assert (heatmap.class_id, heatmap.class_name, heatmap.method) == (3, "dog", "grad_cam")
-        assert heatmap.gen_params == {"target_conv_layer": ["2"], "use_conv_only": True, "scaling": "none"}
+        assert heatmap.gen_params == {
+            "target_conv_layer": ["2"],
+            "use_conv_only": True,
+            "scaling": "none",
+            **OPTIONS_OFF,
+        }
         values = np.load(io.BytesIO(heatmap.data))
         low, high = heatmap.value_range
         assert values.min() >= low

@@ -11,6 +11,7 @@ from service.errors import InvalidGenParams, InvalidRequest, UnknownClass, Unkno
 from service.models.resident import Model
 from service.workers.plan import make_plan
 from tests.nets import Residual, hand, model_of, program_of, request, seeded, varied
+from tests.server import OPTIONS_OFF
 
 LABELS = ("ant", "bee", "cat", "dog", "cat", "7", "eel")
 
@@ -114,7 +115,7 @@ def test_parameters_under_a_methods_name_are_for_it_alone() -> None:
     own = {"target_conv_layer": "second", "grad_cam": {"scaling": "none", "target_conv_layer": "first"}}
     plan = make_plan(request(1, methods=("grad_cam", "guided_grad_cam"), gen_params=own), model())
     assert [task.effective for task in plan.tasks] == [
-        {"target_conv_layer": ["first"], "use_conv_only": True, "scaling": "none"},
+        {"target_conv_layer": ["first"], "use_conv_only": True, "scaling": "none", **OPTIONS_OFF},
         {"target_conv_layer": ["second"]},
     ]
 
@@ -135,7 +136,12 @@ def test_a_problem_in_a_methods_own_object_points_into_it() -> None:
 
 def test_effective_parameters_show_every_default() -> None:
     (task,) = make_plan(request(1, methods=("grad_cam",)), model()).tasks
-    assert task.effective == {"target_conv_layer": ["third"], "use_conv_only": True, "scaling": "scale_after_relu"}
+    assert task.effective == {
+        "target_conv_layer": ["third"],
+        "use_conv_only": True,
+        "scaling": "scale_after_relu",
+        **OPTIONS_OFF,
+    }
 
 
 def test_effective_parameters_name_the_layer_behind_recommended() -> None:
@@ -148,7 +154,7 @@ def test_booleans_are_taken_as_halcon_writes_them(text: str, value: bool) -> Non
     for given in (text, value):
         (task,) = make_plan(request(1, methods=("grad_cam",), gen_params={"use_conv_only": given}), model()).tasks
         assert task.effective["use_conv_only"] is value
-    assert (task.target.node.target is torch.ops.aten.relu.default) is not value
+    assert (task.targets[0].node.target is torch.ops.aten.relu.default) is not value
 
 
 @pytest.mark.parametrize(
