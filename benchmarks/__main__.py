@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import engine, second_class, service
+from benchmarks import engine, second_class, service, slow_methods
 from benchmarks.machine import describe
 from benchmarks.networks import NETWORKS, Workplace
 from benchmarks.options import Options
@@ -20,6 +20,7 @@ SECTIONS: dict[str, Callable[[Options], Report]] = {
     "engine": engine.run,
     "second_class": second_class.run,
     "service": service.run,
+    "slow_methods": slow_methods.run,
 }
 CACHE = Path("build/benchmarks")
 

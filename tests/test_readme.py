@@ -9,10 +9,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+import service.methods  # noqa: F401  (registers the methods)
+from service.explain.method import REGISTRY, WeightedCamParams
 from service.settings import Settings
 from tests.server import Server
 
 ROOT = Path(__file__).parent.parent
+SHARED = WeightedCamParams.model_fields
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
     line
@@ -76,9 +79,21 @@ def test_every_setting_is_listed() -> None:
     assert listed == settings_table()
 
 
-def test_every_method_and_endpoint_is_named(client: httpx.Client) -> None:
-    for method in client.get("/methods").json()["methods"]:
-        assert f"`{method['name']}`" in README
+def methods_table() -> str:
+    rows = ["| method | what it shows | cost | own parameters |", "|---|---|---|---|"]
+    for name, method in sorted(REGISTRY.items()):
+        fields = {key: field.default for key, field in method.Params.model_fields.items() if key not in SHARED}
+        own = ", ".join(f"`{key}` {'none' if default is None else default}" for key, default in fields.items())
+        rows.append(f"| [`{name}`]({method.paper}) | {method.description} | {method.cost} | {own} |")
+    return "\n".join(rows)
+
+
+def test_every_method_is_listed() -> None:
+    listed = README.partition("<!-- methods -->\n")[2].partition("\n<!-- /methods -->")[0]
+    assert listed == methods_table()
+
+
+def test_every_endpoint_is_named(client: httpx.Client) -> None:
     for path, verbs in client.get("/openapi.json").json()["paths"].items():
         for verb in verbs:
             assert f"`{verb.upper()} {path}" in README, (verb, path)

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
-from service.explain.mathematics import principal_component
+from service.explain.mathematics import principal_component, summed
 from service.explain.trace import Trace
 from service.imaging.maps import Scaling
 from service.models.layers import Target
@@ -122,7 +122,7 @@ class WeightedCam(Method):
     def heatmap(self, trace: Trace, params: GenParams) -> Tensor:
         assert isinstance(params, WeightedCamParams)
         weighted = self.weighted(trace, params)
-        plain = weighted.sum(dim=1)
+        plain = summed(weighted)
         return principal_component(weighted, like=plain) if params.eigen_smooth else plain
 
 

@@ -229,7 +229,7 @@ class Trace:
         size = sum(value.nbytes for value in values) // len(self.images)
         return torch.cat(self._pass.means.in_chunks(count, run, max(1, TAIL_BYTES // size)))
 
-    @property
+    @cached_property
     def _alone(self) -> Pass:
         """The pass cut at this target only."""
         if len(self._pass.targets) == 1:

@@ -26,6 +26,7 @@ CHANNELS_FIRST = (
     }
 )
 CHANNELS_LAST = frozenset({aten.linear.default, aten.layer_norm.default, aten.native_layer_norm.default})
+FLATTENING = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints})
 AXES_KEPT = frozenset({operator.getitem, aten.cat.default, aten.constant_pad_nd.default, aten.slice.Tensor})
 MAX_PREFIX_TOKENS = 16
 
@@ -69,24 +70,44 @@ def find_grid(node: fx.Node) -> Grid | str:
             return f"its {height} x {width} places are no rows and columns of the picture"
         return Grid(height, width, axis) if height * width > 1 else "its output is 1x1"
     if len(shape) == 3:
-        return _token_grid(node, shape[1])
+        return token_grid(node, shape[1])
     return f"its output has {len(shape)} dimensions: it is no map and no token grid"
 
 
-def _token_grid(node: fx.Node, tokens: int) -> Grid | str:
-    """The grid of (N,T,C) from the nearest convolution or pooling before it, whose places became the tokens."""
+def token_grid(node: fx.Node, tokens: int) -> Grid | str:
+    """The grid of (N,T,C) from the nearest map before it whose places became the tokens.
+
+    That is a convolution or pooling, or (N,h,w,C) that is flattened. A value of six dimensions or more is not looked
+    behind: it cuts the picture into parts, and the tokens may be in the order of these (Hiera).
+    """
     seen: set[fx.Node] = set()
     layer = [node]
     while layer:
         before = dict.fromkeys(source for other in layer for source in other.all_input_nodes if source not in seen)
         seen.update(before)
         for source in before:
-            if source.target in CHANNELS_FIRST and isinstance(value := source.meta["val"], Tensor) and value.ndim == 4:
-                height, width = value.shape[2:]
-                if 0 <= tokens - height * width <= MAX_PREFIX_TOKENS and height * width > 1:
-                    return Grid(height, width, channel_axis=2, prefix=tokens - height * width)
-        layer = list(before)
+            height, width = _places(source)
+            if 0 <= tokens - height * width <= MAX_PREFIX_TOKENS and height * width > 1:
+                return Grid(height, width, channel_axis=2, prefix=tokens - height * width)
+        layer = [source for source in before if not _is_cut(source)]
     return f"no patch grid explains its {tokens} tokens"
+
+
+def _places(node: fx.Node) -> tuple[int, int]:
+    """Rows and columns of a map whose places may become tokens, (0,0) of what is none."""
+    shape = _shape(node)
+    if len(shape) != 3:
+        return 0, 0
+    if node.target in CHANNELS_FIRST:
+        return shape[1], shape[2]
+    height, width, channels = shape
+    flat = any(user.target in FLATTENING and _shape(user) == [height * width, channels] for user in node.users)
+    return (height, width) if flat and _like_the_picture(node, height, width) else (0, 0)
+
+
+def _is_cut(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.ndim >= 6
 
 
 def _like_the_picture(node: fx.Node, height: int, width: int) -> bool:
@@ -108,18 +129,22 @@ def _axis_before(node: fx.Node) -> int | None:
         return 1
     if node.target in CHANNELS_LAST:
         return 3
-    if node.target in (aten.view.default, aten.reshape.default) and _unfolds_tokens(node):
-        return 3
+    if node.target in FLATTENING and (axis := _axis_of_view(node)) is not None:
+        return axis
     if node.target is aten.permute.default:
         source = _axis_before(node.all_input_nodes[0])
         return None if source is None else _permutation(node).index(source)
     return next((axis for source in _same_shape(node, node.all_input_nodes) if (axis := _axis_before(source))), None)
 
 
-def _unfolds_tokens(node: fx.Node) -> bool:
-    """Whether the value is (N,h,w,C) made of tokens (N,hw,C)."""
-    before, after = node.all_input_nodes[0].meta["val"].shape, node.meta["val"].shape
-    return len(before) == 3 and list(before[1:]) == [after[1] * after[2], after[3]]
+def _axis_of_view(node: fx.Node) -> int | None:
+    """The channel axis of tokens (N,hw,C) unfolded, or of windows (N,h/p,p,w/p,p,C) or (N,C,...) put together."""
+    before, after = _shape(node.all_input_nodes[0]), _shape(node)
+    if len(before) == 5:
+        last = [before[0] * before[1], before[2] * before[3], before[4]]
+        first = [before[0], before[1] * before[2], before[3] * before[4]]
+        return 3 if after == last else 1 if after == first else None
+    return 3 if len(before) == 2 and len(after) == 3 and before == [after[0] * after[1], after[2]] else None
 
 
 def _axis_after(node: fx.Node) -> int | None:
@@ -154,3 +179,10 @@ def _same_shape(node: fx.Node, others: object) -> list[fx.Node]:
     assert hasattr(others, "__iter__")
     values = [(other, other.meta.get("val")) for other in others]
     return [other for other, value in values if isinstance(value, Tensor) and value.ndim == 4 and value.shape == shape]
+
+
+def _shape(node: fx.Node) -> list[int]:
+    """The shape of the node's value without its first dimension; empty where more depends on the batch."""
+    value = node.meta.get("val")
+    shape = list(value.shape[1:]) if isinstance(value, Tensor) else []
+    return shape if all(isinstance(size, int) for size in shape) else []

@@ -248,6 +248,8 @@ class Program:
                 new[node] = graph.call_function(deconv_relu, (new[node.all_input_nodes[0]],))
             else:
                 new[node] = graph.node_copy(node, new.__getitem__)
+                if node.target is aten.view.default:  # which refuses values that lie in memory otherwise than captured
+                    new[node].target = aten.reshape.default
                 if rule and node.target in ACTIVATIONS:
                     new[node] = graph.call_function(gate, (new[node],))
         results = tuple(new[node] for node in outputs)

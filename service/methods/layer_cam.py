@@ -1,0 +1,31 @@
+"""Layer-CAM (Jiang et al. 2021)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor
+
+from service.explain.mathematics import GradModifier, modified
+from service.explain.method import WeightedCam, WeightedCamParams, register
+from service.explain.trace import Trace
+
+
+class LayerCamParams(WeightedCamParams):
+    grad_modifier: GradModifier | None = Field(
+        None, description="what is done to the gradient before anything else (keras-vis: grad_modifier)"
+    )
+
+
+@register
+class LayerCam(WeightedCam):
+    name = "layer_cam"
+    paper = "https://doi.org/10.1109/TIP.2021.3089943"
+    description = (
+        "Each value of the target layer times its own gradient where that is positive; good at shallow layers."
+    )
+    cost = "one forward pass, one backward pass through what follows the target layer"
+    Params = LayerCamParams
+
+    def weighted(self, trace: Trace, params: WeightedCamParams) -> Tensor:
+        assert isinstance(params, LayerCamParams)
+        return modified(trace.gradient, params.grad_modifier).clamp(min=0) * trace.activation

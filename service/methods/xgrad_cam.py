@@ -1,0 +1,34 @@
+"""XGrad-CAM (Fu et al. 2020)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor
+
+from service.explain.mathematics import GradModifier, channels_weighted, modified, quotient
+from service.explain.method import WeightedCam, WeightedCamParams, register
+from service.explain.trace import Trace
+
+
+class XGradCamParams(WeightedCamParams):
+    grad_modifier: GradModifier | None = Field(
+        None, description="what is done to the gradient before anything else (keras-vis: grad_modifier)"
+    )
+
+
+@register
+class XGradCam(WeightedCam):
+    name = "xgrad_cam"
+    paper = "https://arxiv.org/abs/2008.02312"
+    description = (
+        "Feature maps of the target layer, weighted by the mean of their gradient, where the activation is strong most."
+    )
+    cost = "one forward pass, one backward pass through what follows the target layer"
+    Params = XGradCamParams
+
+    def weighted(self, trace: Trace, params: WeightedCamParams) -> Tensor:
+        """w_k = sum(g A) / S_k, 0 where S_k is 0."""
+        assert isinstance(params, XGradCamParams)
+        activation, gradient = trace.activation, modified(trace.gradient, params.grad_modifier)
+        weights = quotient((gradient * activation).sum(dim=(2, 3)), activation.sum(dim=(2, 3)))
+        return channels_weighted(activation, weights)
