@@ -27,6 +27,7 @@ TABLE = {
         "invalid_gen_params",
         "undecodable_picture",
         "model_type_not_supported",
+        "method_not_supported",
     },
     429: {"queue_full"},
     500: {"internal_error"},

@@ -14,7 +14,7 @@ from service.explain.trace import Trace
 class AblationCam(Method):
     name = "ablation_cam"
     family = "cam"
-    paper = "https://openaccess.thecvf.com/content_WACV_2020/papers/Desai_Ablation-CAM_Visual_Explanations_for_Deep_Convolutional_Network_via_Gradient-free_Localization_WACV_2020_paper.pdf"
+    paper = "https://doi.org/10.1109/WACV45572.2020.9093360"
     description = "Feature maps of the target layer, each weighted by the part of the class score that goes with it."
     cost = "one pass through what follows the target layer for each of its channels"
     Params = CamParams
