@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -25,11 +26,13 @@ HERE = Path(__file__).parent
 DATA = HERE.parent / "tests" / "data"
 SIDE, COLUMNS, CAPTION = 168, 6, 20
 CAT = 285
+RELU: dict[str, object] = {"use_conv_only": False}
 PARAMS: dict[str, dict[str, object]] = {
-    "cam": {"use_conv_only": False},  # only pooling may come between its layer and the classifier
+    "cam": RELU,  # only pooling may come between its layer and the classifier
+    "score_cam": RELU,  # before the ReLU the mean of all channels, which is nearly what it shows, is negative
     # A layer of 1280 channels, and n passes for each: with the defaults these two would take a quarter of an hour.
-    "is_cam": {"n": 2},
-    "ss_cam": {"n": 2},
+    "is_cam": {**RELU, "n": 2},
+    "ss_cam": {**RELU, "n": 2},
 }
 
 
@@ -41,15 +44,15 @@ def picture() -> Image.Image:
     return both
 
 
-def overlays(shown: Image.Image) -> dict[str, Image.Image]:
-    """The overlay of every method that can explain the embedded network, in the order of their names."""
+def overlays(methods: Iterable[str]) -> dict[str, Image.Image]:
+    """The overlay of each of the methods that can explain the embedded network."""
     file = io.BytesIO()
-    shown.save(file, "PNG")
+    picture().save(file, "PNG")
     engine = Engine(Device("cpu", None, 8), Settings())
     (entry,) = scan(None)
     load_into(engine, entry)
     found = {}
-    for name in sorted(REGISTRY):
+    for name in methods:
         request = ExplainRequest(
             entry.id, (file.getvalue(),), ((CAT,),), (name,), PARAMS.get(name, {}), as_base64=False
         )
@@ -78,5 +81,4 @@ def montage(pictures: dict[str, Image.Image]) -> Image.Image:
 
 
 if __name__ == "__main__":
-    shown = picture()
-    montage({"the picture": shown, **overlays(shown)}).save(HERE / "methods.webp", quality=80)
+    montage({"the picture": picture(), **overlays(sorted(REGISTRY))}).save(HERE / "methods.webp", quality=80)

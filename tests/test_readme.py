@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 import service.methods  # noqa: F401  (registers the methods)
@@ -91,6 +93,13 @@ def methods_table() -> str:
 def test_every_method_is_listed() -> None:
     listed = README.partition("<!-- methods -->\n")[2].partition("\n<!-- /methods -->")[0]
     assert listed == methods_table()
+
+
+def test_the_gallery_can_be_drawn_again() -> None:
+    gallery = runpy.run_path(str(ROOT / ".readme" / "gallery.py"))
+    sheet = gallery["montage"]({"the picture": gallery["picture"](), **gallery["overlays"](["cam", "saliency"])})
+    assert gallery["PARAMS"].keys() <= REGISTRY.keys()
+    assert len(np.unique(np.asarray(sheet)[:, gallery["SIDE"] : 2 * gallery["SIDE"]].reshape(-1, 3), axis=0)) > 1000
 
 
 def test_every_endpoint_is_named(client: httpx.Client) -> None:
