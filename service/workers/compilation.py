@@ -47,7 +47,8 @@ def compile_in_background(job: CompileJob) -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA on every CPU host
     torch.set_num_threads(job.threads)
     with tempfile.TemporaryDirectory(prefix="compile-") as scratch:
-        os.environ.update(TMPDIR=scratch, TORCHINDUCTOR_CACHE_DIR=scratch, TORCHINDUCTOR_COMPILE_THREADS="1")
+        cache = str(job.folder / "inductor")  # of the worker: the next head's compiler finds its headers prepared
+        os.environ.update(TMPDIR=scratch, TORCHINDUCTOR_CACHE_DIR=cache, TORCHINDUCTOR_COMPILE_THREADS="1")
         try:
             _compile(job)
         except Exception as error:

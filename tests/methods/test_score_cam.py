@@ -12,6 +12,7 @@ from pytorch_grad_cam import ScoreCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchcam.methods import ScoreCAM as TorchScoreCam
 from torchvision.models import SwinTransformer, VisionTransformer
 
 from service.explain.mathematics import masking_scores, upsample
@@ -215,9 +216,8 @@ def pytorch_grad_cam(net: nn.Module, layer: str, pictures: Tensor, classes: list
 
 
 def torch_cam(net: nn.Module, layer: str, pictures: Tensor, classes: list[int]) -> Tensor:
-    methods = pytest.importorskip("torchcam.methods", reason="comes with the extra `bench`")
     twin = peer_copy(net)
-    with methods.ScoreCAM(twin, layer, input_shape=(3, 12, 12)) as cam:
+    with TorchScoreCam(twin, layer, input_shape=(3, 12, 12)) as cam:
         twin(pictures)
         (weights,) = cam._get_weights(classes)
     answer: Tensor = weights
