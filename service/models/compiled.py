@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -21,6 +21,8 @@ from service.models.activations import Values
 from service.models.program import as_tuple
 
 SINGLE, SEVERAL = "single.pt2", "several.pt2"
+SINGLY = "several.singly"
+"""A file that stands for the second package where one picture at a time is faster."""
 FP32_TOLERANCE = 1e-4  # of the largest absolute value
 REDUCED_CORRELATION = 0.99
 RUNS = 5
@@ -28,6 +30,8 @@ NOISE_S = 1e-3
 """A package may be slower than eager by this much: less is not told from noise."""
 
 logger = logging.getLogger(__name__)
+
+Package = Callable[[Tensor], Tensor | Sequence[Tensor]]
 
 _loading = threading.Lock()
 
@@ -54,7 +58,7 @@ class Form:
 class CompiledHead:
     """The packages of a head: a static one for a single picture, one with a free batch size from 2 up.
 
-    One that is slower than the eager head is not there.
+    One that is slower than the eager head is not there. Without the second a batch may go through the first singly.
     """
 
     def __init__(self, folder: Path, form: Form, slots: int) -> None:
@@ -63,12 +67,14 @@ class CompiledHead:
         self._form = form
         self._single = _load(folder / SINGLE, form, slots)
         self._several = _load(folder / SEVERAL, form, slots)
+        if self._single and (folder / SINGLY).exists():
+            self._several = partial(_singly, self._single)
 
     def takes(self, count: int) -> bool:
         """Whether there is a package for a batch of `count`."""
         return self._package(count) is not None
 
-    def _package(self, count: int) -> Callable[[Tensor], Tensor | list[Tensor]] | None:
+    def _package(self, count: int) -> Package | None:
         if not 1 <= count <= self._form.max_batch:
             return None
         return self._single if count == 1 else self._several
@@ -86,7 +92,7 @@ class CompiledHead:
 
 
 def compile_head(head: fx.GraphModule, form: Form, folder: Path) -> None:
-    """Compile `head` into `folder` and prove the packages there.
+    """Compile `head` into `folder`, prove the packages there, and keep those that are worth it.
 
     Takes tens of seconds. Raises Disagreement, or whatever the compiler raises.
     """
@@ -94,9 +100,10 @@ def compile_head(head: fx.GraphModule, form: Form, folder: Path) -> None:
     if form.max_batch > 1:
         batch = torch.export.Dim("batch", min=2, max=form.max_batch) if form.max_batch > 2 else None
         _compile(head, form.example(2), batch, folder / SEVERAL)
-    compiled = CompiledHead(folder, form, slots=1)
-    prove(compiled, head, form, counts={1, 2, form.max_batch // 2 + 1, form.max_batch})
-    _drop_slower(compiled, head, form, folder)
+    counts = {1, 2, form.max_batch // 2 + 1, form.max_batch}
+    prove(CompiledHead(folder, form, slots=1), head, form, counts)
+    _choose(folder, head, form)
+    prove(CompiledHead(folder, form, slots=1), head, form, counts)
 
 
 def prove(compiled: CompiledHead, head: fx.GraphModule, form: Form, counts: set[int]) -> None:
@@ -116,28 +123,57 @@ def _compile(head: fx.GraphModule, example: Tensor, batch: torch.export.Dim | No
         torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs={"freezing": True})
 
 
-def _drop_slower(compiled: CompiledHead, head: fx.GraphModule, form: Form, folder: Path) -> None:
-    """Remove what is slower than eager: a transformer's linear layers with a free batch size are."""
-    for count, name in {form.max_batch: SEVERAL, 1: SINGLE}.items():
-        if not compiled.takes(count):
-            continue
-        images = form.example(count)
-        runs = [(_seconds(compiled, images), _seconds(head, images)) for _ in range(RUNS)]
-        ours, eager = map(min, zip(*runs, strict=True))
-        if ours > eager + NOISE_S:
-            (folder / name).unlink()
-            (folder / name).with_suffix(".slower").touch()
-            logger.info("a batch of %d takes %.1f ms compiled, %.1f ms eager", count, 1e3 * ours, 1e3 * eager)
+def _choose(folder: Path, head: fx.GraphModule, form: Form) -> None:
+    """Remove what is slower than eager, or than one picture at a time: with a free batch size a transformer's linear
+    layers are, and more so in bf16."""
+    single, several = (_load(folder / name, form, 1) for name in (SINGLE, SEVERAL))
+    assert single is not None
+    if not _is_fastest(single, [head], form.example(1)):
+        _replace(folder / SINGLE, "single.slower")
+    if several is None:
+        return
+    images, singly = form.example(form.max_batch), partial(_singly, single)
+    if _is_fastest(several, [head, singly], images):
+        return
+    kept = (folder / SINGLE).exists() and _separable(single, head, form) and _is_fastest(singly, [head], images)
+    _replace(folder / SEVERAL, SINGLY if kept else "several.slower")
 
 
-def _seconds(head: Callable[[Tensor], Any], images: Tensor) -> float:
+def _replace(package: Path, note: str) -> None:
+    logger.info("%s: %s", package.name, note)
+    package.unlink()
+    (package.parent / note).touch()
+
+
+def _separable(single: Package, head: fx.GraphModule, form: Form) -> bool:
+    """Whether the values of a batch are those of its pictures, one behind the other."""
+    images = form.example(2)
+    with torch.no_grad():
+        pairs = zip(as_tuple(_singly(single, images)), as_tuple(head(images)), strict=True)
+    return all(_agree(ours, eager) for ours, eager in pairs)
+
+
+def _is_fastest(package: Package, others: Sequence[Package], images: Tensor) -> bool:
+    """Whether it is, by the quickest of some runs in turn."""
+    runs = [[_seconds(each, images) for each in (package, *others)] for _ in range(RUNS)]
+    ours, *theirs = map(min, zip(*runs, strict=True))
+    return bool(ours <= min(theirs) + NOISE_S)
+
+
+def _singly(single: Package, images: Tensor) -> list[Tensor]:
+    """A batch, one picture at a time."""
+    values = [as_tuple(single(image[None])) for image in images]
+    return [torch.cat(column) for column in zip(*values, strict=True)]
+
+
+def _seconds(head: Package, images: Tensor) -> float:
     started = time.perf_counter()
     with torch.no_grad():
         as_tuple(head(images))[0].cpu()  # a CUDA device answers when it is done
     return time.perf_counter() - started
 
 
-def _load(file: Path, form: Form, slots: int) -> Callable[[Tensor], Tensor | list[Tensor]] | None:
+def _load(file: Path, form: Form, slots: int) -> Package | None:
     if not file.exists():
         return None
     index = form.device.index if form.device.type == "cuda" else -1

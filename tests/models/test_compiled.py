@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -222,6 +222,25 @@ def test_what_is_slower_than_eager_is_not_kept(tmp_path: Path, monkeypatch: pyte
     head = Heads(program()).at(LayerTable(program()).target("third", use_conv_only=True))
     head.compiled = nothing
     assert_equal(head(images(1, SIZE)), head_of(program())(images(1, SIZE)))
+
+
+def test_a_batch_goes_singly_where_that_is_fastest(
+    packages: Packages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (SINGLE, SEVERAL):
+        shutil.copy(packages.folder / name, tmp_path)
+
+    def seconds(head: object, shown: Tensor) -> float:  # a clock by which a free batch size is slow
+        return 1.0 if isinstance(head, fx.GraphModule) else 0.1 * len(shown) if isinstance(head, partial) else 0.9
+
+    monkeypatch.setattr(compiled_module, "_seconds", seconds)
+    compiled_module._choose(tmp_path, head_of(program()), FORM)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["several.singly", SINGLE]
+    singly = CompiledHead(tmp_path, FORM, slots=1)
+    prove(singly, head_of(program()), FORM, counts={1, 2, 3, MAX_BATCH})
+    for count in (1, 2, 3, MAX_BATCH):
+        assert singly.takes(count)
+        assert_equal(singly(images(count, SIZE)), head_of(program())(images(count, SIZE)))
 
 
 @pytest.mark.slow
