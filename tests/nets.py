@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from service.explain.means import Means
 from service.explain.trace import Pass, Trace
 from service.imaging.geometry import Fit
 from service.models.heads import Heads
@@ -105,9 +106,12 @@ def explain(
         return device.run(model, make_plan(asked, model), fitted)
 
 
-def trace_of(program: Program, shown: Tensor, target: Target, classes: Sequence[int]) -> Trace:
-    """What a method reads of one class per picture at `target`."""
-    return Pass(program, shown, [target]).backward(torch.tensor(classes)).trace(target)
+def trace_of(
+    program: Program, shown: Tensor, target: Target | None, classes: Sequence[int], means: Means | None = None
+) -> Trace:
+    """What a method reads of one class per picture at `target`, if it reads a layer."""
+    one = Pass(program, shown, [target] if target else [], means=means)
+    return one.backward(torch.tensor(classes)).trace(target)
 
 
 def close_to(ours: Tensor | NDArray[Any], oracle: Tensor | NDArray[Any]) -> float:

@@ -109,6 +109,12 @@ def noise(like: Tensor, seed: int, number: int = 0) -> Tensor:
     return torch.from_numpy(drawn).to(like.device)
 
 
+def noisy(image: Tensor, sigma: float, seed: int, rows: slice) -> Tensor:
+    """A picture (3,H,W) under the noises of these numbers, (M,3,H,W); `sigma` is a share of its range."""
+    drawn = torch.stack([noise(image, seed, number) for number in range(rows.start, rows.stop)])
+    return image + sigma * (image.max() - image.min()) * drawn
+
+
 def masking_scores(trace: Trace, maps: Tensor, masked: Callable[[Tensor, Tensor], Tensor] = torch.mul) -> Tensor:
     """The channel-wise increase of confidence of Score-CAM (Wang et al. 2020), (N,C): what each map keeps as a mask.
 

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
-from service.explain.mathematics import principal_component, summed
+from service.explain.mathematics import GradModifier, principal_component, summed
 from service.explain.trace import Trace
 from service.imaging.maps import Scaling
 from service.models.layers import Target
@@ -84,6 +84,14 @@ class WeightedCamParams(CamParams):
     eigen_smooth: Flag = Field(
         False,
         description="the first principal component of the weighted activations instead of their sum over channels",
+    )
+
+
+class GradientCamParams(WeightedCamParams):
+    """The parameters of a method whose weights are made of the gradient."""
+
+    grad_modifier: GradModifier | None = Field(
+        None, description="what is done to the gradient before anything else (keras-vis: grad_modifier)"
     )
 
 

@@ -212,10 +212,9 @@ class Trace:
         """
         split = self.program.split(self.target.node)
         image, values = self.images[picture : picture + 1], self._alone.values
-        separable = all(self.program.is_batched(node) for node in (*split.roots, *split.crossing))
 
         def values_of(count: int) -> Sequence[Tensor]:
-            if separable:
+            if split.separable:
                 return [value[picture].expand(count, *value.shape[1:]) for value in values]
             return as_tuple(split.head(image.expand(count, -1, -1, -1)))  # such as windows beside the batch
 

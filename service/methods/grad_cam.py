@@ -5,15 +5,12 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from service.explain.mathematics import BackpropModifier, GradModifier, channels_weighted, modified, rule_of
-from service.explain.method import WeightedCam, WeightedCamParams, register
+from service.explain.mathematics import BackpropModifier, channels_weighted, modified, rule_of
+from service.explain.method import GradientCamParams, WeightedCam, WeightedCamParams, register
 from service.explain.trace import Trace
 
 
-class GradCamParams(WeightedCamParams):
-    grad_modifier: GradModifier | None = Field(
-        None, description="what is done to the gradient before its mean is taken (keras-vis: grad_modifier)"
-    )
+class GradCamParams(GradientCamParams):
     backprop_modifier: BackpropModifier | None = Field(
         None, description="how activation functions pass gradients; rectified is deconv (keras-vis: backprop_modifier)"
     )

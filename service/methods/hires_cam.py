@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field
 from torch import Tensor
 
-from service.explain.mathematics import GradModifier, modified
-from service.explain.method import WeightedCam, WeightedCamParams, register
+from service.explain.mathematics import modified
+from service.explain.method import GradientCamParams, WeightedCam, WeightedCamParams, register
 from service.explain.trace import Trace
-
-
-class HiResCamParams(WeightedCamParams):
-    grad_modifier: GradModifier | None = Field(
-        None, description="what is done to the gradient before anything else (keras-vis: grad_modifier)"
-    )
 
 
 @register
@@ -22,8 +15,8 @@ class HiResCam(WeightedCam):
     paper = "https://arxiv.org/abs/2011.08891"
     description = "Each value of the target layer times its own gradient, so that no place borrows another's gradient."
     cost = "one forward pass, one backward pass through what follows the target layer"
-    Params = HiResCamParams
+    Params = GradientCamParams
 
     def weighted(self, trace: Trace, params: WeightedCamParams) -> Tensor:
-        assert isinstance(params, HiResCamParams)
+        assert isinstance(params, GradientCamParams)
         return modified(trace.gradient, params.grad_modifier) * trace.activation

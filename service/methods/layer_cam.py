@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field
 from torch import Tensor
 
-from service.explain.mathematics import GradModifier, modified
-from service.explain.method import WeightedCam, WeightedCamParams, register
+from service.explain.mathematics import modified
+from service.explain.method import GradientCamParams, WeightedCam, WeightedCamParams, register
 from service.explain.trace import Trace
-
-
-class LayerCamParams(WeightedCamParams):
-    grad_modifier: GradModifier | None = Field(
-        None, description="what is done to the gradient before anything else (keras-vis: grad_modifier)"
-    )
 
 
 @register
@@ -24,8 +17,8 @@ class LayerCam(WeightedCam):
         "Each value of the target layer times its own gradient where that is positive; good at shallow layers."
     )
     cost = "one forward pass, one backward pass through what follows the target layer"
-    Params = LayerCamParams
+    Params = GradientCamParams
 
     def weighted(self, trace: Trace, params: WeightedCamParams) -> Tensor:
-        assert isinstance(params, LayerCamParams)
+        assert isinstance(params, GradientCamParams)
         return modified(trace.gradient, params.grad_modifier).clamp(min=0) * trace.activation

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from service.explain.mathematics import noise
+from service.explain.mathematics import noisy
 from service.explain.method import GenParams, Method, Seed, register
 from service.explain.trace import Trace
 
@@ -43,10 +43,8 @@ class SmoothGrad(Method):
 def _mean_gradient(trace: Trace, picture: int, params: SmoothGradParams) -> Tensor:
     """The paper's section 2 for one picture: the mean of dy/dx at x + noise, (3,H,W)."""
     image = trace.images[picture]
-    deviation = params.sigma * (image.max() - image.min())
 
     def run(rows: slice) -> Tensor:
-        drawn = torch.stack([noise(image, params.seed, number) for number in range(rows.start, rows.stop)])
-        return trace.at(image + deviation * drawn, picture).image_gradient.sum(dim=0)
+        return trace.at(noisy(image, params.sigma, params.seed, rows), picture).image_gradient.sum(dim=0)
 
     return torch.stack(trace.in_chunks(params.n, run)).sum(dim=0) / params.n

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from service.explain.mathematics import channels_weighted, noise, quotient
+from service.explain.mathematics import channels_weighted, noisy, quotient
 from service.explain.method import Seed, WeightedCam, WeightedCamParams, register
 from service.explain.trace import Trace
 
@@ -48,11 +48,9 @@ class SmoothGradCamPlusPlus(WeightedCam):
 def _moments(trace: Trace, picture: int, params: SmoothGradCamPlusPlusParams) -> Tensor:
     """The means of g, its square and its cube over the noisy copies of one picture, (3,C,h,w), float64."""
     image = trace.images[picture]
-    sigma = params.sigma * (image.max() - image.min())
 
     def run(rows: slice) -> Tensor:
-        noises = [noise(image, params.seed, number) for number in range(rows.start, rows.stop)]
-        gradient = trace.at(image + sigma * torch.stack(noises), picture).gradient.double()
+        gradient = trace.at(noisy(image, params.sigma, params.seed, rows), picture).gradient.double()
         return torch.stack([(gradient**power).sum(dim=0) for power in (1, 2, 3)])
 
     return torch.stack(trace.in_chunks(params.n, run)).sum(dim=0) / params.n

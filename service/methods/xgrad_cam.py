@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field
 from torch import Tensor
 
-from service.explain.mathematics import GradModifier, channels_weighted, modified, quotient
-from service.explain.method import WeightedCam, WeightedCamParams, register
+from service.explain.mathematics import channels_weighted, modified, quotient
+from service.explain.method import GradientCamParams, WeightedCam, WeightedCamParams, register
 from service.explain.trace import Trace
-
-
-class XGradCamParams(WeightedCamParams):
-    grad_modifier: GradModifier | None = Field(
-        None, description="what is done to the gradient before anything else (keras-vis: grad_modifier)"
-    )
 
 
 @register
@@ -24,11 +17,11 @@ class XGradCam(WeightedCam):
         "Feature maps of the target layer, weighted by the mean of their gradient, where the activation is strong most."
     )
     cost = "one forward pass, one backward pass through what follows the target layer"
-    Params = XGradCamParams
+    Params = GradientCamParams
 
     def weighted(self, trace: Trace, params: WeightedCamParams) -> Tensor:
         """w_k = sum(g A) / S_k, 0 where S_k is 0."""
-        assert isinstance(params, XGradCamParams)
+        assert isinstance(params, GradientCamParams)
         activation, gradient = trace.activation, modified(trace.gradient, params.grad_modifier)
         weights = quotient((gradient * activation).sum(dim=(2, 3)), activation.sum(dim=(2, 3)))
         return channels_weighted(activation, weights)

@@ -33,19 +33,14 @@ class Head:
         exact: Split,
         reduced: Split | None,
         precision: Precision,
-        separable: bool = True,
     ) -> None:
-        """`targets` are those at the roots of the cut; `reduced` is the same cut of the network in `precision`.
-
-        `separable`: dimension 0 of each value is the batch.
-        """
+        """`targets` are those at the roots of the cut; `reduced` is the same cut of the network in `precision`."""
         self.targets = targets
         self.precision: Precision = precision if reduced else "fp32"
         self.dtype = DTYPES[self.precision]
         self.eager = reduced.head if reduced else exact.head
-        self.exact = exact.head
         self.compiled: CompiledHead | None = None
-        self.separable = separable
+        self.separable = exact.separable
         self.uses = 0
         self.last_used = 0.0
 
@@ -127,8 +122,7 @@ class Heads:
             return [head for head in self._made.values() if head.compiled]
 
     def _make(self, roots: tuple[Target, ...], exact: Split) -> Head:
-        separable = all(self._program.is_batched(node) for node in (*exact.roots, *exact.crossing))
-        return Head(roots, exact, self._reduce(roots, exact), self._precision, separable)
+        return Head(roots, exact, self._reduce(roots, exact), self._precision)
 
     def _reduce(self, roots: tuple[Target, ...], exact: Split) -> Split | None:
         """The same cut in reduced precision, None where that capture has another structure there."""

@@ -103,7 +103,7 @@ class Split:
 
     `head`: images to (*roots, *crossing), bare if that is one value; `tail`: these to (logits, *later), or the bare
     logits. Roots are the targets that depend on no other target, `later` the others. Crossing are the values of the
-    images beside the targets that the tail needs.
+    images beside the targets that the tail needs. `separable`: dimension 0 of each value at the cut is the batch.
     """
 
     head: fx.GraphModule
@@ -111,6 +111,7 @@ class Split:
     roots: tuple[fx.Node, ...]
     later: tuple[fx.Node, ...]
     crossing: tuple[fx.Node, ...]
+    separable: bool
 
 
 class Program:
@@ -176,6 +177,7 @@ class Program:
             roots=roots,
             later=later,
             crossing=crossing,
+            separable=all(self.is_batched(node) for node in (*roots, *crossing)),
         )
 
     def _observe(self, nodes: tuple[fx.Node, ...]) -> fx.GraphModule:

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.swin_transformer import SwinTransformer
 
-from service.explain.trace import Pass
 from service.methods.attention_rollout import AttentionRollout, AttentionRolloutParams
 from service.models.program import Program
-from tests.nets import SMALL, close_to, deep, from_timm, images, peer_copy, program_of, seeded, varied
+from tests.nets import SMALL, close_to, deep, from_timm, images, peer_copy, program_of, seeded, trace_of, varied
 
 Kind = Literal["fused", "softmax"]
 
@@ -22,7 +21,7 @@ Kind = Literal["fused", "softmax"]
 def ours(
     program: Program, pictures: Tensor, classes: list[int], params: AttentionRolloutParams | None = None
 ) -> Tensor:
-    trace = Pass(program, pictures).backward(torch.tensor(classes)).trace()
+    trace = trace_of(program, pictures, None, classes)
     return AttentionRollout().heatmap(trace, params or AttentionRolloutParams())
 
 

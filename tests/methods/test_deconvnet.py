@@ -27,6 +27,7 @@ from tests.nets import (
     program_of,
     request,
     seeded,
+    trace_of,
     varied,
 )
 
@@ -34,7 +35,7 @@ CLASSES = [3, 7]
 
 
 def ours(program: Program, pictures: Tensor, classes: list[int]) -> Tensor:
-    trace = Pass(program, pictures).backward(torch.tensor(classes)).trace()
+    trace = trace_of(program, pictures, None, classes)
     return Deconvnet().heatmap(trace, GenParams())
 
 

@@ -14,7 +14,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from service.explain.mathematics import minmax
 from service.explain.method import ScaledParams
-from service.explain.trace import Pass, Trace
+from service.explain.trace import Trace
 from service.methods.full_grad import FullGrad, parts
 from service.models.program import Program
 from tests.nets import (
@@ -30,6 +30,7 @@ from tests.nets import (
     program_of,
     request,
     seeded,
+    trace_of,
 )
 
 CLASSES = [1, 4]
@@ -101,7 +102,7 @@ def captured(build: Callable[[], nn.Module], size: int) -> tuple[nn.Module, Prog
 
 
 def trace(program: Program, pictures: Tensor, classes: list[int]) -> Trace:
-    return Pass(program, pictures).backward(torch.tensor(classes)).trace()
+    return trace_of(program, pictures, None, classes)
 
 
 def ours(program: Program, pictures: Tensor, classes: list[int]) -> Tensor:

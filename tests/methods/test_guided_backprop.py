@@ -7,7 +7,6 @@ from captum.attr import GuidedBackprop as CaptumGuidedBackprop
 from torch import Tensor, nn
 
 from service.explain.method import GenParams
-from service.explain.trace import Pass
 from service.methods.guided_backprop import GuidedBackprop
 from service.models.program import Program
 from tests.methods.test_guided_grad_cam import GuidedRule
@@ -23,6 +22,7 @@ from tests.nets import (
     program_of,
     request,
     seeded,
+    trace_of,
     varied,
 )
 
@@ -30,7 +30,7 @@ CLASSES = [3, 7]
 
 
 def ours(program: Program, pictures: Tensor, classes: list[int]) -> Tensor:
-    trace = Pass(program, pictures).backward(torch.tensor(classes)).trace()
+    trace = trace_of(program, pictures, None, classes)
     return GuidedBackprop().heatmap(trace, GenParams())
 
 

@@ -7,16 +7,15 @@ from captum.attr import InputXGradient as CaptumInputXGradient
 from torch import Tensor, nn
 
 from service.explain.method import GenParams
-from service.explain.trace import Pass
 from service.methods.input_x_gradient import InputXGradient
 from service.models.program import Program
-from tests.nets import SMALL, close_to, deep, explain, hand, hand_picture, images, peer_copy, request, varied
+from tests.nets import SMALL, close_to, deep, explain, hand, hand_picture, images, peer_copy, request, trace_of, varied
 
 CLASSES = [3, 7]
 
 
 def ours(program: Program, pictures: Tensor, classes: list[int]) -> Tensor:
-    trace = Pass(program, pictures).backward(torch.tensor(classes)).trace()
+    trace = trace_of(program, pictures, None, classes)
     return InputXGradient().heatmap(trace, GenParams())
 
 

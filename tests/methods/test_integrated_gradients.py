@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
 from service.explain.means import Means
-from service.explain.trace import Pass
 from service.methods.integrated_gradients import IntegratedGradients, IntegratedGradientsParams, blurred
 from service.models.program import Program
 from tests.nets import (
@@ -27,6 +26,7 @@ from tests.nets import (
     request,
     residual,
     seeded,
+    trace_of,
     varied,
 )
 
@@ -38,7 +38,7 @@ def ours(
     program: Program, pictures: Tensor, classes: list[int], means: Means | None = None, **params: float | str
 ) -> Tensor:
     """As the method gives it, but (N,3,H,W)."""
-    trace = Pass(program, pictures, means=means).backward(torch.tensor(classes)).trace()
+    trace = trace_of(program, pictures, None, classes, means)
     params = {"blur_sigma": BLUR, **params}
     return IntegratedGradients().heatmap(trace, IntegratedGradientsParams.model_validate(params)).movedim(-1, 1)
 

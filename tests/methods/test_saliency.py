@@ -9,17 +9,30 @@ import torch
 from captum.attr import Saliency as CaptumSaliency
 from torch import Tensor, nn
 
-from service.explain.trace import Pass, Trace
+from service.explain.trace import Trace
 from service.methods.saliency import Saliency, SaliencyParams
 from service.models.program import Program
 from service.models.resident import Model
-from tests.nets import SMALL, close_to, deep, explain, hand, hand_picture, images, peer_copy, request, residual, varied
+from tests.nets import (
+    SMALL,
+    close_to,
+    deep,
+    explain,
+    hand,
+    hand_picture,
+    images,
+    peer_copy,
+    request,
+    residual,
+    trace_of,
+    varied,
+)
 
 CLASSES = [3, 7]
 
 
 def trace(program: Program, pictures: Tensor, classes: list[int]) -> Trace:
-    return Pass(program, pictures).backward(torch.tensor(classes)).trace()
+    return trace_of(program, pictures, None, classes)
 
 
 def ours(program: Program, pictures: Tensor, classes: list[int], **params: str | None) -> Tensor:

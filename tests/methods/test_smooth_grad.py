@@ -23,6 +23,7 @@ from tests.nets import (
     request,
     residual,
     seeded,
+    trace_of,
     varied,
 )
 
@@ -30,7 +31,7 @@ CLASSES = [1, 4]
 
 
 def ours(program: Program, pictures: Tensor, classes: list[int], means: Means | None = None, **params: float) -> Tensor:
-    trace = Pass(program, pictures, means=means).backward(torch.tensor(classes)).trace()
+    trace = trace_of(program, pictures, None, classes, means)
     return SmoothGrad().heatmap(trace, SmoothGradParams.model_validate(params))
 
 
