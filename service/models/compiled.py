@@ -20,7 +20,7 @@ from torch._inductor.package.package import load_package
 from service.models.activations import Values
 from service.models.program import as_tuple
 
-SINGLE, SEVERAL = "single.pt2", "several.pt2"
+SINGLE, SEVERAL, FULL = "single.pt2", "several.pt2", "full.pt2"
 SINGLY = "several.singly"
 """A file that stands for the second package where one picture at a time is faster."""
 FP32_TOLERANCE = 1e-4  # of the largest absolute value
@@ -56,7 +56,8 @@ class Form:
 
 
 class CompiledHead:
-    """The packages of a head: a static one for a single picture, one with a free batch size from 2 up.
+    """The packages of a head: a static one for a single picture, one with a free batch size from 2 up, and on a CPU a
+    static one for the largest batch, which a busy server and the methods of many passes are full of.
 
     One that is slower than the eager head is not there. Without the second a batch may go through the first singly.
     """
@@ -69,6 +70,7 @@ class CompiledHead:
         self._several = _load(folder / SEVERAL, form, slots)
         if self._single and (folder / SINGLY).exists():
             self._several = partial(_singly, self._single)
+        self._full = _load(folder / FULL, form, slots) or self._several
 
     def takes(self, count: int) -> bool:
         """Whether there is a package for a batch of `count`."""
@@ -77,7 +79,9 @@ class CompiledHead:
     def _package(self, count: int) -> Package | None:
         if not 1 <= count <= self._form.max_batch:
             return None
-        return self._single if count == 1 else self._several
+        if count == 1:
+            return self._single
+        return self._full if count == self._form.max_batch else self._several
 
     def __call__(self, images: Tensor) -> Values:
         """The head's values for images of the form. Raises ValueError for any other tensor."""
@@ -92,7 +96,7 @@ class CompiledHead:
 
 
 def compile_head(head: fx.GraphModule, form: Form, folder: Path) -> None:
-    """Compile `head` into `folder`, prove the packages there, and keep those that are worth it.
+    """Compile `head` into `folder`, keep the packages that are worth it, and prove them.
 
     Takes tens of seconds. Raises Disagreement, or whatever the compiler raises.
     """
@@ -100,10 +104,10 @@ def compile_head(head: fx.GraphModule, form: Form, folder: Path) -> None:
     if form.max_batch > 1:
         batch = torch.export.Dim("batch", min=2, max=form.max_batch) if form.max_batch > 2 else None
         _compile(head, form.example(2), batch, folder / SEVERAL)
-    counts = {1, 2, form.max_batch // 2 + 1, form.max_batch}
-    prove(CompiledHead(folder, form, slots=1), head, form, counts)
+        if batch and form.device.type == "cpu":
+            _compile(head, form.example(form.max_batch), None, folder / FULL)
     _choose(folder, head, form)
-    prove(CompiledHead(folder, form, slots=1), head, form, counts)
+    prove(CompiledHead(folder, form, slots=1), head, form, {1, 2, form.max_batch // 2 + 1, form.max_batch})
 
 
 def prove(compiled: CompiledHead, head: fx.GraphModule, form: Form, counts: set[int]) -> None:
@@ -126,13 +130,15 @@ def _compile(head: fx.GraphModule, example: Tensor, batch: torch.export.Dim | No
 def _choose(folder: Path, head: fx.GraphModule, form: Form) -> None:
     """Remove what is slower than eager, or than one picture at a time: with a free batch size a transformer's linear
     layers are, and more so in bf16."""
-    single, several = (_load(folder / name, form, 1) for name in (SINGLE, SEVERAL))
+    single, several, full = (_load(folder / name, form, 1) for name in (SINGLE, SEVERAL, FULL))
     assert single is not None
     if not _is_fastest(single, [head], form.example(1)):
         _replace(folder / SINGLE, "single.slower")
     if several is None:
         return
     images, singly = form.example(form.max_batch), partial(_singly, single)
+    if full and not _is_fastest(full, [head, singly, several], images):
+        _replace(folder / FULL, "full.slower")
     if _is_fastest(several, [head, singly], images):
         return
     kept = (folder / SINGLE).exists() and _separable(single, head, form) and _is_fastest(singly, [head], images)

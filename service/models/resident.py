@@ -49,7 +49,9 @@ class Model:
     def predict(self, images: Tensor) -> Tensor:
         """The logits of images (N,3,H,W), without a graph, through the head that is compiled first."""
         target = self.layers.target(None, True)
-        values = self.heads.at(target)(images)
+        head = self.heads.at(target)
+        self.heads.on_use(head)
+        values = head(images)
         with torch.no_grad():
             logits: Tensor = self.program.split(target.node).tail(*values)
             return logits

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from service.models import compiled as compiled_module
-from service.models.compiled import SEVERAL, SINGLE, CompiledHead, Disagreement, Form, compile_head, prove
+from service.models.compiled import FULL, SEVERAL, SINGLE, CompiledHead, Disagreement, Form, compile_head, prove
 from service.models.heads import Heads
 from service.models.layers import LayerTable
 from service.models.packages import key_of
@@ -46,7 +46,7 @@ class Packages:
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Packages:
-    """Both packages of the head of `Dense`, made once."""
+    """The packages of the head of `Dense`, made once."""
     folder = tmp_path_factory.mktemp("packages")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
@@ -147,7 +147,7 @@ def test_eight_threads_get_their_own_values(packages: Packages) -> None:
 
 def test_its_size_is_that_of_its_files(packages: Packages) -> None:
     sizes = [file.stat().st_size for file in packages.folder.iterdir()]
-    assert len(sizes) == 2
+    assert len(sizes) == 3
     assert packages.compiled.bytes == sum(sizes) > 10_000
 
 
@@ -183,10 +183,11 @@ def _with_outputs_swapped(head: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(head, graph)
 
 
-def test_a_damaged_package_is_refused(packages: Packages, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [SINGLE, SEVERAL, FULL])
+def test_a_damaged_package_is_refused(packages: Packages, tmp_path: Path, damaged: str) -> None:
     for file in packages.folder.iterdir():
         shutil.copy(file, tmp_path)
-    (tmp_path / SEVERAL).write_bytes((packages.folder / SEVERAL).read_bytes()[:5000])
+    (tmp_path / damaged).write_bytes((packages.folder / damaged).read_bytes()[:5000])
     with pytest.raises(RuntimeError):
         CompiledHead(tmp_path, FORM, slots=1)
 
@@ -227,7 +228,7 @@ def test_what_is_slower_than_eager_is_not_kept(tmp_path: Path, monkeypatch: pyte
 def test_a_batch_goes_singly_where_that_is_fastest(
     packages: Packages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in (SINGLE, SEVERAL):
+    for name in (SINGLE, SEVERAL, FULL):
         shutil.copy(packages.folder / name, tmp_path)
 
     def seconds(head: object, shown: Tensor) -> float:  # a clock by which a free batch size is slow
@@ -235,12 +236,19 @@ def test_a_batch_goes_singly_where_that_is_fastest(
 
     monkeypatch.setattr(compiled_module, "_seconds", seconds)
     compiled_module._choose(tmp_path, head_of(program()), FORM)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["several.singly", SINGLE]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["full.slower", "several.singly", SINGLE]
     singly = CompiledHead(tmp_path, FORM, slots=1)
     prove(singly, head_of(program()), FORM, counts={1, 2, 3, MAX_BATCH})
     for count in (1, 2, 3, MAX_BATCH):
         assert singly.takes(count)
         assert_equal(singly(images(count, SIZE)), head_of(program())(images(count, SIZE)))
+
+
+def test_the_package_of_full_batches_is_for_them_alone(packages: Packages, tmp_path: Path) -> None:
+    shutil.copy(packages.folder / FULL, tmp_path)
+    full = CompiledHead(tmp_path, FORM, slots=1)
+    assert [count for count in range(MAX_BATCH + 2) if full.takes(count)] == [MAX_BATCH]
+    assert_equal(full(images(MAX_BATCH, SIZE)), head_of(program())(images(MAX_BATCH, SIZE)))
 
 
 @pytest.mark.slow
