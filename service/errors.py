@@ -114,6 +114,10 @@ class UndecodablePicture(InvalidRequest):
     code, title = "undecodable_picture", "A picture cannot be decoded"
 
 
+class PictureQuarantined(InvalidRequest):
+    code, title = "picture_quarantined", "The picture crashed a worker twice"
+
+
 class ModelTypeNotSupported(InvalidRequest):
     code, title = "model_type_not_supported", "The model is no classifier"
 
@@ -132,6 +136,10 @@ class ModelLoading(Unavailable):
 
 class ModelFailed(Unavailable):
     code, title = "model_failed", "The model could not be loaded"
+
+
+class ModelUnloaded(Unavailable):
+    code, title = "model_unloaded", "The model was unloaded"
 
 
 class NoWorker(Unavailable):

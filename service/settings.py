@@ -72,6 +72,9 @@ class Settings(BaseModel):
     timeout_s: float = Field(30.0, gt=0, le=3600, description="deadline of a request that names none, in seconds")
     body_timeout_s: float = Field(30.0, gt=0, description="seconds within which a body must have arrived")
     grace_s: float = Field(30.0, ge=0, description="seconds that accepted requests get after SIGTERM")
+    hang_s: float = Field(
+        60.0, ge=2, description="seconds without progress after which a worker is killed and replaced"
+    )
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = Field(
         (), description="origins, separated by commas, whose pages may call the service"
     )

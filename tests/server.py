@@ -38,8 +38,9 @@ class Server:
             wait_until(lambda: client.get("/readyz").status_code == 200, timeout_s, self)
 
     def workers(self) -> list[psutil.Process]:
-        """The worker processes, without multiprocessing's resource tracker."""
-        return [child for child in psutil.Process(self.process.pid).children() if is_worker(child)]
+        """The worker processes, without multiprocessing's resource tracker and the one that they are forked from."""
+        forkservers = [child for child in psutil.Process(self.process.pid).children() if is_worker(child)]
+        return [child for forkserver in forkservers for child in forkserver.children() if is_worker(child)]
 
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -52,9 +53,9 @@ class Server:
 
 
 def is_worker(process: psutil.Process) -> bool:
-    """Whether this is a living worker process."""
+    """Whether this is a living process of a worker on a CPU, or the one that they are forked from."""
     try:
-        return "spawn_main" in " ".join(process.cmdline())
+        return "multiprocessing.forkserver" in " ".join(process.cmdline())
     except psutil.Error:  # it is gone, or a zombie
         return False
 

@@ -28,10 +28,11 @@ TABLE = {
         "undecodable_picture",
         "model_type_not_supported",
         "method_not_supported",
+        "picture_quarantined",
     },
     429: {"queue_full"},
     500: {"internal_error"},
-    503: {"unavailable", "model_loading", "model_failed", "no_worker", "worker_lost", "draining"},
+    503: {"unavailable", "model_loading", "model_failed", "model_unloaded", "no_worker", "worker_lost", "draining"},
     504: {"deadline_exceeded"},
     507: {"out_of_device_memory"},
 }

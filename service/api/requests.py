@@ -45,6 +45,7 @@ def heatmap_request(model_id: str, payload: Payload[HeatmapFields], targets: Tar
         colormap=fields.colormap,
         alpha=fields.alpha,
         as_base64=choice.media_type == JSON,
+        priority=fields.priority,
     )
 
 
@@ -55,4 +56,5 @@ def infer_request(model_id: str, payload: Payload[InferFields]) -> ExplainReques
         pictures=payload.pictures,
         target_classes=((),) * len(payload.pictures),
         top_k=top_k(payload.fields),
+        priority=payload.fields.priority,
     )

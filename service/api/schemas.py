@@ -22,7 +22,7 @@ from service.errors import nearest
 from service.imaging.colormaps import COLORMAPS
 from service.imaging.maps import Size
 from service.imaging.render import Encoding, Format
-from service.workers.messages import ClassRef
+from service.workers.messages import ClassRef, Priority
 
 MAX_ID = 2**31 - 1
 MAX_NAME = 512
@@ -125,6 +125,9 @@ class InferFields(BaseModel):
     )
     timeout_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] | None = Field(
         None, description="The deadline of the whole request in seconds; the server's setting unless given."
+    )
+    priority: Priority = Field(
+        "interactive", description="`batch`: it may wait, and is passed by others, though never for long."
     )
     result_format: Literal["results", "dl_result"] = Field(
         "results", description="`dl_result`: each entry of `results` is HALCON's DLResult dictionary."

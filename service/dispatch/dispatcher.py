@@ -10,10 +10,12 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from service.dispatch.costs import Costs
+from service.dispatch.counts import Counts
+from service.dispatch.quarantine import Quarantine
 from service.errors import (
     BodyTooLarge,
     DeadlineExceeded,
@@ -22,6 +24,7 @@ from service.errors import (
     ModelLoading,
     ModelNotFound,
     ModelTypeNotSupported,
+    ModelUnloaded,
     NoWorker,
     QueueFull,
     ServiceError,
@@ -35,6 +38,8 @@ from service.workers.pool import Pool, Worker
 
 STARTING_RETRY_S = 5.0
 MAX_LOSSES = 2
+BATCH_DELAY_S = 10.0
+"""A request of the priority `batch` has its turn as if it had come so much later."""
 
 
 @dataclass(eq=False)
@@ -48,10 +53,21 @@ class Ticket:
     started: float | None = None
     worker: Worker | None = None
     losses: int = 0
+    cost: float = 0.0
+    """Seconds of device work, as far as they can be told beforehand."""
 
     @property
     def pictures(self) -> int:
         return len(self.job.request.pictures)
+
+    @property
+    def turn(self) -> float:
+        """The waiting request with the least has the next turn."""
+        return self.accepted + (BATCH_DELAY_S if self.job.request.priority == "batch" else 0.0)
+
+    def left(self, now: float) -> float:
+        """Seconds of device work that are left, if the device has worked for it since it was handed over."""
+        return self.cost if self.started is None else max(0.0, self.cost - (now - self.started))
 
 
 class Dispatcher:
@@ -65,7 +81,11 @@ class Dispatcher:
         self._pool = pool
         self._ids = itertools.count(1)
         self._tickets: dict[int, Ticket] = {}
-        self._pending: deque[Ticket] = deque()
+        self._pending: list[Ticket] = []
+        self._costs = Costs()
+        self._quarantine = Quarantine()
+        self._closing: set[str] = set()
+        self.counts = Counts()
         self._retried: set[int] = set()
         self._draining = False
         self._idle = asyncio.Event()
@@ -92,6 +112,8 @@ class Dispatcher:
             raise ModelTypeNotSupported(detail)
         if info.state == "failed":
             raise ModelFailed(f"Model {model_id!r} could not be loaded: {info.reason}")
+        if info.state == "unloaded":
+            raise ModelUnloaded(f"Model {model_id!r} was unloaded; an operator can load it again.")
         if info.state == "loading":
             raise ModelLoading(f"Model {model_id!r} is in its first load.", retry_after=STARTING_RETRY_S)
         return info
@@ -107,7 +129,7 @@ class Dispatcher:
         reasons = ["the service is shutting down"] if self._draining else []
         if not any(worker.serves for worker in self._pool.workers):
             reasons.append("no worker serves")
-        reasons += [f"model {info.id} is loading" for info in self._pool.models.values() if info.state == "loading"]
+            reasons += [f"model {info.id} is loading" for info in self._pool.models.values() if info.state == "loading"]
         return tuple(reasons)
 
     async def first_ready(self) -> None:
@@ -120,21 +142,87 @@ class Dispatcher:
         `size_bytes` is what the request holds in memory; `timeout_s` the time it has, queueing included.
         Raises the ServiceError that the contract names for what went wrong.
         """
-        self.check_open(request.model_id, len(request.pictures), size_bytes)
-        now = time.monotonic()
-        job = Job(next(self._ids), request, deadline=now + timeout_s)
-        ticket = Ticket(job, size_bytes, asyncio.get_running_loop().create_future(), accepted=now)
-        self._tickets[job.id] = ticket
-        self._pending.append(ticket)
-        self._idle.clear()
+        ticket = self._admit(request, size_bytes, timeout_s)
         self._hand_over()
         try:
-            async with asyncio.timeout(timeout_s):
-                return await ticket.answer
+            with self.counts.counting():
+                async with asyncio.timeout(timeout_s):
+                    return await ticket.answer
         except TimeoutError:
             raise deadline_exceeded(timeout_s) from None
         finally:
             self._forget(ticket)
+
+    def _admit(self, request: ExplainRequest, size_bytes: int, timeout_s: float) -> Ticket:
+        """Accept a request, or raise the ServiceError that it is refused with."""
+        passable = self._is_passable(request)
+        self.check_open(request.model_id, len(request.pictures), size_bytes, passable)
+        self._quarantine.check(request)
+        cost = self._costs.estimate(request)
+        self._check_in_time(cost, timeout_s, passable)
+        now = time.monotonic()
+        job = Job(next(self._ids), request, deadline=now + timeout_s, passable=passable)
+        answer = asyncio.get_running_loop().create_future()
+        ticket = Ticket(job, size_bytes, answer, accepted=now, cost=cost or 0.0)
+        self._tickets[job.id] = ticket
+        self._pending.append(ticket)
+        self._idle.clear()
+        return ticket
+
+    def _is_passable(self, request: ExplainRequest) -> bool:
+        """Whether quick requests may pass it: it is of the priority `batch`, or of a method with very many passes."""
+        slow = {method.name for method in self._pool.methods if method.alone}
+        return request.priority == "batch" or not slow.isdisjoint(request.methods)
+
+    def _check_in_time(self, cost: float | None, timeout_s: float, passable: bool) -> None:
+        """Refuse at once what cannot be answered in its time."""
+        if cost is None:
+            return
+        if cost > timeout_s:
+            raise DeadlineExceeded(
+                f"The request takes about {cost:.1f} s of the device's time and has {timeout_s:g} s; "
+                "give it a longer timeout_s, or ask for less."
+            )
+        wait = self._wait(self._before(passable))
+        if wait + cost > timeout_s:
+            raise QueueFull(
+                f"What waits before it takes about {wait:.1f} s and the request itself {cost:.1f} s; "
+                f"it has {timeout_s:g} s.",
+                retry_after=wait + cost - timeout_s,
+            )
+
+    def _before(self, passable: bool) -> list[Ticket]:
+        """What has its turn before a new request: those that may be passed are, if it is quick."""
+        return [ticket for ticket in self._tickets.values() if passable or not ticket.job.passable]
+
+    def _wait(self, tickets: Iterable[Ticket]) -> float:
+        """Seconds until the devices have done all this."""
+        now = time.monotonic()
+        slots = sum(worker.slots for worker in self._pool.workers)
+        return sum(ticket.left(now) for ticket in tickets) / max(1, slots)
+
+    async def load(self, model_id: str) -> ModelInfo:
+        """Read a model of the repository again, or for the first time; what serves it goes on until the new one can.
+
+        Raises ModelNotFound, or ModelFailed with the reason.
+        """
+        if reason := await self._pool.load(model_id):
+            served = " It is served as it was before." if self.model(model_id).state == "ready" else ""
+            raise ModelFailed(f"Model {model_id!r} could not be loaded: {reason}{served}")
+        return self.model(model_id)
+
+    async def unload(self, model_id: str) -> ModelInfo:
+        """Refuse new requests for a model, answer the accepted ones, and let go of it. Raises ModelNotFound."""
+        self.model(model_id)
+        self._closing.add(model_id)
+        try:
+            accepted = [one.answer for one in self._tickets.values() if one.job.request.model_id == model_id]
+            if accepted:
+                await asyncio.wait(accepted)
+            await self._pool.unload(model_id)
+        finally:
+            self._closing.discard(model_id)
+        return self.model(model_id)
 
     async def drain(self, grace_s: float) -> None:
         """Refuse new requests from now on, and return when every accepted one is answered.
@@ -150,32 +238,32 @@ class Dispatcher:
                 ticket.answer.set_exception(Draining("The service shut down before the request was answered."))
         await self._idle.wait()
 
-    def check_open(self, model_id: str, pictures: int = 0, size_bytes: int = 0) -> None:
+    def check_open(self, model_id: str, pictures: int = 0, size_bytes: int = 0, passable: bool = False) -> None:
         """Raise the ServiceError that a request of this size would be refused with now.
 
-        Without a size: whether it is of any use to send one.
+        Without a size: whether it is of any use to send one. What is `passable` gets half of the queue.
         """
         if self._draining:
             raise Draining("The service is shutting down; another replica may answer.", retry_after=STARTING_RETRY_S)
         self._check_served(model_id)
-        tickets = self._tickets.values()
-        self._check_room("requests", 1, len(tickets), self._settings.max_queue)
-        self._check_room(
-            "pictures", pictures, sum(ticket.pictures for ticket in tickets), self._settings.max_queue_pictures
-        )
-        self._check_room(
-            "bytes", size_bytes, sum(ticket.size_bytes for ticket in tickets), self._settings.max_queue_bytes
-        )
+        settings = self._settings
+        self._check_room("requests", 1, lambda _ticket: 1, settings.max_queue, passable)
+        self._check_room("pictures", pictures, lambda ticket: ticket.pictures, settings.max_queue_pictures, passable)
+        self._check_room("bytes", size_bytes, lambda ticket: ticket.size_bytes, settings.max_queue_bytes, passable)
 
-    def _check_room(self, unit: str, more: int, held: int, limit: int) -> None:
+    def _check_room(self, unit: str, more: int, size: Callable[[Ticket], int], limit: int, passable: bool) -> None:
         if more > limit:
             kind = TooManyPictures if unit == "pictures" else BodyTooLarge
             raise kind(f"The request brings {more} {unit}; the queue never holds more than {limit}.")
-        if held + more > limit:
-            detail = f"The queue holds {held} {unit} of at most {limit}, and this request brings {more} more."
-            raise QueueFull(detail, retry_after=1.0)
+        tickets = tuple(self._tickets.values())
+        _check_full(unit, more, tickets, size, limit, "", self._wait)
+        if passable:
+            long = tuple(ticket for ticket in tickets if ticket.job.passable)
+            _check_full(unit, more, long, size, max(more, limit // 2), " of long requests", self._wait)
 
     def _check_served(self, model_id: str) -> None:
+        if model_id in self._closing:
+            raise ModelUnloaded(f"Model {model_id!r} is being unloaded.")
         if any(worker.has(model_id) for worker in self._pool.workers):
             return
         info = self.loaded(model_id)
@@ -190,8 +278,8 @@ class Dispatcher:
     def _hand_over(self) -> None:
         """Give waiting requests, oldest first, to workers with room. A worker that is full blocks nobody else."""
         alone = {worker for worker in self._pool.workers if not self._retried.isdisjoint(worker.jobs)}
-        for ticket in tuple(self._pending):
-            worker = self._pool.free_worker(ticket.job.request.model_id, alone)
+        for ticket in sorted(self._pending, key=lambda ticket: ticket.turn):
+            worker = self._pool.free_worker(ticket.job.request.model_id, ticket.job.passable, alone)
             if worker is None:
                 continue
             if ticket.losses:  # what may kill a worker again takes nobody along: it waits until this one is empty
@@ -202,9 +290,11 @@ class Dispatcher:
             ticket.worker, ticket.started = worker, time.monotonic()
             worker.submit(ticket.job)
 
-    def done(self, done: Done) -> None:
+    def done(self, job: Job, done: Done) -> None:
         """A worker answered a job, or says what was wrong with it."""
         self._retried.discard(done.id)
+        if isinstance(done.outcome, Answer | DeadlineExceeded):
+            self._costs.learn(job.request, done.spent, finished=isinstance(done.outcome, Answer))
         ticket = self._tickets.get(done.id)
         if ticket is None or ticket.answer.done():
             return
@@ -215,26 +305,31 @@ class Dispatcher:
         timings = dataclasses.replace(done.outcome.timings, queue=waited + done.outcome.timings.queue)
         ticket.answer.set_result(dataclasses.replace(done.outcome, timings=timings))
 
-    def lost(self, job_ids: tuple[int, ...]) -> None:
+    def lost(self, job_ids: tuple[int, ...], exit_code: int | None) -> None:
         """A worker died under these jobs: an explanation is a pure function, so each is tried once more."""
         self._retried.difference_update(job_ids)
-        for job_id in reversed(job_ids):
+        for job_id in job_ids:
             ticket = self._tickets.get(job_id)
             if ticket is None or ticket.answer.done():
                 continue
-            ticket.losses += 1
-            ticket.worker = None
-            if ticket.losses < MAX_LOSSES:
-                self._retried.add(job_id)
-                self._pending.appendleft(ticket)
-            else:
-                ticket.answer.set_exception(
-                    WorkerLost(
-                        "The worker died under this request, and again when it was tried once more.",
-                        retry_after=STARTING_RETRY_S,
-                    )
-                )
+            if len(job_ids) == 1:
+                self._quarantine.blame(ticket.job.request, exit_code)
+            self._lose(ticket)
         self._hand_over()
+
+    def _lose(self, ticket: Ticket) -> None:
+        ticket.losses += 1
+        ticket.worker = ticket.started = None
+        try:
+            self._quarantine.check(ticket.job.request)
+            if ticket.losses == MAX_LOSSES:
+                detail = "The worker died under this request, and again when it was tried once more."
+                raise WorkerLost(detail, retry_after=STARTING_RETRY_S)
+        except ServiceError as error:
+            ticket.answer.set_exception(error)
+        else:
+            self._retried.add(ticket.job.id)
+            self._pending.append(ticket)
 
     def _forget(self, ticket: Ticket) -> None:
         del self._tickets[ticket.job.id]
@@ -245,6 +340,25 @@ class Dispatcher:
             ticket.worker.cancel(ticket.job.id)
         if not self._tickets:
             self._idle.set()
+
+
+def _check_full(
+    unit: str,
+    more: int,
+    tickets: tuple[Ticket, ...],
+    size: Callable[[Ticket], int],
+    limit: int,
+    whose: str,
+    wait: Callable[[Iterable[Ticket]], float],
+) -> None:
+    """Raise QueueFull, to be tried again when as many of the oldest are done as make room."""
+    held = sum(map(size, tickets))
+    if held + more <= limit:
+        return
+    freed = itertools.accumulate(map(size, tickets))
+    needed = next(count for count, room in enumerate(freed, 1) if held - room + more <= limit)
+    detail = f"The queue holds {held} {unit}{whose} of at most {limit}, and this request brings {more} more."
+    raise QueueFull(detail, retry_after=max(1.0, wait(tickets[:needed])))
 
 
 def deadline_exceeded(timeout_s: float) -> DeadlineExceeded:

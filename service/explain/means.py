@@ -11,6 +11,18 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+STICKY = (
+    "device-side assert",
+    "illegal memory access",
+    "illegal address",
+    "illegal instruction",
+    "misaligned address",
+    "hardware stack error",
+    "unspecified launch failure",
+    "launch timed out",
+    "uncorrectable ECC",
+)
+"""CUDA errors after which every later call in the process fails: the context is lost."""
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_ALLOC_FAILED")
 
 
@@ -48,3 +60,8 @@ class Means:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether the device, or the host, had no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
+
+
+def is_poisoned(error: BaseException) -> bool:
+    """Whether the device is lost to this process: only a new one can use it."""
+    return isinstance(error, RuntimeError) and "CUDA" in str(error) and any(sign in str(error) for sign in STICKY)

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,8 +22,22 @@ from service.settings import Settings
 from service.workers.compiler import Compiler
 from service.workers.device import Device
 from service.workers.engine import Engine
-from service.workers.loading import describe, load_into
-from service.workers.messages import Cancel, Hello, Job, MethodInfo, ModelChanged, Stop, ToParent
+from service.workers.loader import Loader
+from service.workers.loading import describe
+from service.workers.messages import (
+    BEAT_S,
+    EXIT_POISONED,
+    Beat,
+    Cancel,
+    Hello,
+    Job,
+    Load,
+    MethodInfo,
+    ModelChanged,
+    Stop,
+    ToParent,
+    Unload,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,37 +53,46 @@ def main(connection: Connection, device: str, settings: Settings, entries: tuple
             connection.send(message)
 
     engine = Engine(Device(device, settings.streams, settings.max_batch), settings)
+    engine.device.on_poisoned = _leave_poisoned
     compiler = _compiler(engine, settings, folder, lambda model: send(ModelChanged(describe(model))))
-    send(Hello(device, engine.capacity, tuple(_describe(method) for method in REGISTRY.values())))
-
-    def load_all() -> None:
-        engine.device.enter()
-        for entry in entries:
-            send(ModelChanged(load_into(engine, entry, folder)))
-            if compiler and entry.id in engine.models:
-                compiler.add(engine.models[entry.id], entry)
-
-    loading = threading.Thread(target=load_all, name="load", daemon=True)
-    loading.start()
+    threading.Thread(target=_beat, args=(engine, send), name="beat", daemon=True).start()
+    methods = tuple(_describe(method) for method in REGISTRY.values())
+    send(Hello(device, engine.capacity, engine.device.slots, methods))
+    loader = Loader(engine, compiler, folder, send)
+    for entry in entries:
+        loader.put(entry)
     try:
-        _take_jobs(connection, engine, send)
+        _take_messages(connection, engine, loader, send)
     except (EOFError, OSError):  # the parent is gone, and nobody else would clean up
         shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
     engine.close()
     if compiler:
         compiler.close()
-    if loading.is_alive():  # an ordinary exit would tear torch down under it
+    if loader.busy:  # an ordinary exit would tear torch down under it
         os._exit(0)
 
 
-def _take_jobs(connection: Connection, engine: Engine, send: Callable[[ToParent], None]) -> None:
+def _take_messages(connection: Connection, engine: Engine, loader: Loader, send: Callable[[ToParent], None]) -> None:
     while not isinstance(message := connection.recv(), Stop):
         match message:
             case Job() as job:
                 engine.submit(job, send)
             case Cancel(id=job_id):
                 engine.cancel(job_id)
+            case Load() | Unload():
+                loader.put(message)
+
+
+def _beat(engine: Engine, send: Callable[[ToParent], None]) -> None:
+    while True:
+        send(Beat(engine.device.progress.stalled_s()))
+        time.sleep(BEAT_S)
+
+
+def _leave_poisoned() -> None:
+    logger.critical("the device is lost to this process, which leaves to make room for another")
+    os._exit(EXIT_POISONED)
 
 
 def _compiler(engine: Engine, settings: Settings, folder: Path, changed: Callable[[Model], None]) -> Compiler | None:
@@ -92,4 +116,5 @@ def _describe(method: Method) -> MethodInfo:
         description=method.description,
         cost=method.cost,
         gen_params=method.Params.model_json_schema(),
+        alone=method.alone,
     )

@@ -1,4 +1,4 @@
-"""The process in which a head is compiled: niced, alone, and gone with the worker that wants it."""
+"""The processes in which a head is compiled or a network captured: niced, alone, and gone with the worker."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ class CompileJob:
 
 def compile_in_background(job: CompileJob) -> None:
     """Compile as the main function of a process. What goes wrong is logged; the store then has no such package."""
-    os.setsid()
-    os.nice(19)
-    threading.Thread(target=_leave_with_parent, name="parent", daemon=True).start()
+    _stand_back()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     [compile] %(message)s")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA on every CPU host
     torch.set_num_threads(job.threads)
@@ -56,6 +54,26 @@ def compile_in_background(job: CompileJob) -> None:
             logger.warning(
                 "model %s stays eager at %s: %s: %s", job.entry.id, job.targets, type(error).__name__, reason
             )
+
+
+def capture_aside(entry: Entry, device: torch.device, folder: Path) -> None:
+    """Have a process of its own capture a model into `folder`. What goes wrong is for the load itself to say."""
+    process = multiprocessing.get_context("spawn").Process(target=_capture, args=(entry, device, folder), daemon=True)
+    process.start()
+    process.join()
+
+
+def _capture(entry: Entry, device: torch.device, folder: Path) -> None:
+    _stand_back()
+    with contextlib.suppress(Exception):
+        load(entry.id, read_spec(entry.folder), entry.folder, device, folder)
+
+
+def _stand_back() -> None:
+    """Leave the cores to what serves, and the world with the parent."""
+    os.setsid()
+    os.nice(19)
+    threading.Thread(target=_leave_with_parent, name="parent", daemon=True).start()
 
 
 def kill(process: SpawnProcess) -> None:

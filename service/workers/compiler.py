@@ -11,6 +11,7 @@ import shutil
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 from service.models.compiled import CompiledHead, Form, prove
-from service.models.heads import Head
+from service.models.heads import Head, Heads
 from service.models.packages import PackageStore, key_of
 from service.models.repository import Entry
 from service.models.resident import Model
@@ -52,6 +53,7 @@ class Compiler:
         self._changed = changed
         self._wanted: queue.SimpleQueue[tuple[Model, Entry, Head] | None] = queue.SimpleQueue()
         self._resident: list[tuple[Model, Head]] = []
+        self._gone: weakref.WeakSet[Heads] = weakref.WeakSet()  # of models that serve no more
         self._process: SpawnProcess | None = None
         self._closed = False
         self._told = False
@@ -74,6 +76,12 @@ class Compiler:
         default.uses = COMPILE_AFTER
         self._wanted.put((model, entry, default))
 
+    def remove(self, model: Model) -> None:
+        """The model serves no more."""
+        with self._lock:
+            self._gone.add(model.heads)
+            self._resident = [resident for resident in self._resident if resident[0] is not model]
+
     def close(self) -> None:
         """Give up what is being compiled."""
         with self._lock:
@@ -87,6 +95,8 @@ class Compiler:
         torch.set_num_threads(self._device.threads)
         while (wanted := self._wanted.get()) is not None:
             model, entry, head = wanted
+            if model.heads in self._gone:
+                continue
             try:
                 self._provide(model, entry, head)
             except Exception:
@@ -108,9 +118,14 @@ class Compiler:
         if not compiled.bytes:
             logger.info("model %s stays eager at %s: compiled it is no faster", model.id, head.name)
             return
-        self._make_room()
-        head.compiled = compiled
-        self._resident.append((model, head))
+        with self._lock:
+            if model.heads in self._gone:
+                return
+            dropped = self._make_room()
+            head.compiled = compiled
+            self._resident.append((model, head))
+        for other in dropped:
+            self._changed(other)
         logger.info(
             "model %s runs compiled at %s: %d MiB on disk, loaded in %.1f s",
             model.id,
@@ -143,14 +158,16 @@ class Compiler:
         process.join()
         return self._store.find(job.key)
 
-    def _make_room(self) -> None:
-        """Let the least recently used heads go until one more may be resident."""
+    def _make_room(self) -> list[Model]:
+        """Let the least recently used heads go until one more may be resident, and return their models."""
+        dropped = []
         while len(self._resident) >= self._settings.compiled_heads:
             model, head = min(self._resident, key=lambda resident: resident[1].last_used)
             self._resident.remove((model, head))
             head.compiled = None
             head.uses = 0
-            self._changed(model)
+            dropped.append(model)
+        return dropped
 
 
 def processor(device: torch.device) -> str:

@@ -16,11 +16,16 @@ import numpy as np
 import torch
 
 from service.errors import DeadlineExceeded, ServiceError
+from service.explain.means import is_poisoned
 from service.models.resident import Model
 from service.workers.compute import Explained, Pixels, explain
 from service.workers.plan import Plan, Task
+from service.workers.progress import Progress
 
 logger = logging.getLogger(__name__)
+
+BATCH_DELAY_S = 10.0
+"""A request of the priority `batch` takes its turn as if it had come so much later: passed, but never for long."""
 
 E = TypeVar("E", bound=Exception)
 
@@ -30,12 +35,25 @@ class Order:
     """What the pictures of one request have in common.
 
     `gone`: whether nobody waits for them any more. `since`: from when on the request waits for its turn.
+    `spent`: the seconds that a slot has worked for it.
     """
 
     model: Model
     tasks: tuple[Task, ...]
     gone: Callable[[], bool]
+    batch: bool = False
     since: float = field(default_factory=time.perf_counter)
+    spent: float = 0.0
+
+    @property
+    def alone(self) -> bool:
+        """Whether its pictures share no batch."""
+        return any(task.method.alone for task in self.tasks)
+
+    @property
+    def turn(self) -> float:
+        """The request with the least has the next turn."""
+        return self.since + (BATCH_DELAY_S if self.batch else 0.0)
 
 
 @dataclass(frozen=True)
@@ -58,7 +76,7 @@ class Item:
 
     def suits(self, other: Item) -> bool:
         """Whether the two may share a batch. Their classes may differ, not how many: a hundred would hold up one."""
-        if any(task.method.alone for task in self.order.tasks):
+        if self.order.alone:
             return self is other
         return (
             self.order.model is other.order.model
@@ -72,6 +90,7 @@ class Device:
 
     A free slot takes the request that has waited longest, with whatever else waits and suits it, up to `max_batch`
     pictures. Nothing waits for a fuller batch, and a request with more pictures gets its next turn after the others.
+    A request of many passes lets a batch of quick ones pass between any two of its steps.
     """
 
     def __init__(self, name: str, streams: int | None, max_batch: int) -> None:
@@ -79,6 +98,8 @@ class Device:
         self.slots = streams or (2 if self.device.type == "cuda" else 1)
         self.max_batch = max_batch
         self.threads = max(1, cores() // self.slots)
+        self.progress = Progress()
+        self.on_poisoned: Callable[[], None] = lambda: None
         self._waiting: list[Item] = []
         self._lock = threading.Lock()
         self._slot = threading.local()
@@ -127,56 +148,81 @@ class Device:
         return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def _work(self) -> None:
-        batch, gone = self._take()
-        for item in gone:
-            item.result.set_exception(abandoned())
-        if batch:
-            with torch.cuda.stream(self._slot.stream):
-                _compute(batch, self.max_batch)
+        if batch := self._take():
+            with torch.cuda.stream(self._slot.stream), self.progress.working():
+                self._compute(batch)
 
-    def _take(self) -> tuple[list[Item], list[Item]]:
-        """The next batch, and everything that nobody waits for any more."""
+    def _take(self, quick: bool = False) -> list[Item]:
+        """The next batch, or the next of quick requests. What nobody waits for any more is refused on the way."""
         with self._lock:
             gone = {item for item in self._waiting if item.order.gone()}
-            alive = sorted((item for item in self._waiting if item not in gone), key=lambda item: item.order.since)
-            batch = [item for item in alive if item.suits(alive[0])][: self.max_batch]
+            ready = (item for item in self._waiting if item not in gone and not (quick and _passable(item.order)))
+            line = sorted(ready, key=lambda item: item.order.turn)
+            batch = [item for item in line if item.suits(line[0])][: self.max_batch]
             taken = gone.union(batch)
             self._waiting = [item for item in self._waiting if item not in taken]
             now = time.perf_counter()
             for item in batch:
                 item.order.since = now
-        return batch, list(gone)
+        for item in gone:
+            item.result.set_exception(abandoned())
+        return batch
+
+    def _compute(self, batch: list[Item]) -> None:
+        """Set the result of each item. What fails in company is tried again request by request: one alone is guilty."""
+        orders = dict.fromkeys(item.order for item in batch)
+        passable = all(map(_passable, orders))
+        passed = 0.0  # seconds that others took between the steps
+
+        def check() -> None:
+            nonlocal passed
+            if all(order.gone() for order in orders):
+                raise abandoned()
+            if passable:
+                passed += self._let_pass()
+            self.progress.step()
+
+        started = time.perf_counter()
+        outcome = self._explain(batch, check)
+        ended = time.perf_counter()
+        with self._lock:
+            for item in batch:
+                item.order.spent += (ended - started - passed) / len(batch)
+        if isinstance(outcome, list):
+            for item, one in zip(batch, outcome, strict=True):
+                item.result.set_result(Computed(one, started, ended))
+        elif len(orders) == 1:
+            for item in batch:
+                item.result.set_exception(outcome)
+        else:
+            for order in orders:
+                self._compute([item for item in batch if item.order is order])
+
+    def _explain(self, batch: list[Item], check: Callable[[], None]) -> list[Explained] | Exception:
+        order = batch[0].order
+        try:
+            pixels = np.stack([item.pixels for item in batch])
+            classes = tuple(item.classes for item in batch)
+            return explain(order.model, order.tasks, pixels, classes, self.max_batch, check)
+        except Exception as error:
+            if not isinstance(error, ServiceError):
+                logger.exception("a batch of %d pictures failed", len(batch))
+            if is_poisoned(error):
+                self.on_poisoned()
+            return bare(error)
+
+    def _let_pass(self) -> float:
+        """Compute one batch of quick requests, if any waits, and return the seconds that it took."""
+        started = time.perf_counter()
+        if batch := self._take(quick=True):
+            with torch.enable_grad():  # the step that waits may have none
+                self._compute(batch)
+        return time.perf_counter() - started
 
 
-def _compute(batch: list[Item], max_batch: int) -> None:
-    """Set the result of each item. What fails in company is tried again request by request: one alone is guilty."""
-    order = batch[0].order
-    orders = dict.fromkeys(item.order for item in batch)
-
-    def check() -> None:
-        if all(order.gone() for order in orders):
-            raise abandoned()
-
-    failure = None
-    started = time.perf_counter()
-    try:
-        pixels = np.stack([item.pixels for item in batch])
-        classes = tuple(item.classes for item in batch)
-        explained = explain(order.model, order.tasks, pixels, classes, max_batch, check)
-    except Exception as error:
-        if not isinstance(error, ServiceError):
-            logger.exception("a batch of %d pictures of %d requests failed", len(batch), len(orders))
-        failure = bare(error)
-    ended = time.perf_counter()
-    if failure is None:
-        for item, one in zip(batch, explained, strict=True):
-            item.result.set_result(Computed(one, started, ended))
-    elif len(orders) == 1:
-        for item in batch:
-            item.result.set_exception(failure)
-    else:
-        for order in orders:
-            _compute([item for item in batch if item.order is order], max_batch)
+def _passable(order: Order) -> bool:
+    """Whether others may pass it between its steps."""
+    return order.batch or order.alone
 
 
 def abandoned() -> DeadlineExceeded:

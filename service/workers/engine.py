@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
-from service.errors import ServiceError
+from service.errors import ModelUnloaded, ServiceError
 from service.models.activations import ActivationCache
 from service.models.resident import Model
 from service.settings import Settings
@@ -43,9 +43,9 @@ class Engine:
     def submit(self, job: Job, answer: Callable[[Done], None]) -> None:
         """Begin a job; `answer` is called with its outcome, on a thread of the engine."""
 
-        def end(outcome: Answer | ServiceError) -> None:
+        def end(outcome: Answer | ServiceError, spent: float) -> None:
             try:
-                answer(Done(job.id, outcome))
+                answer(Done(job.id, outcome, spent))
             except Exception:
                 logger.exception("an answer could not be sent")
                 answer(Done(job.id, ServiceError(DEFECT)))
@@ -54,7 +54,11 @@ class Engine:
                     del self._runs[job.id]
                     self._changed.notify_all()
 
-        run = Run(job, self.models, self.device, self._edges, self._settings, end)
+        model = self.models.get(job.request.model_id)
+        if model is None:
+            answer(Done(job.id, ModelUnloaded(f"Model {job.request.model_id!r} was unloaded.")))
+            return
+        run = Run(job, model, self.device, self._edges, self._settings, end)
         with self._changed:
             self._runs[job.id] = run
         run.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def run(connection: Connection, device: str, settings: Settings, entries: tuple[
     own = folder / str(os.getpid())  # the parent removes it: whoever is killed leaves unpacked packages behind
     own.mkdir()
     os.environ["TMPDIR"] = str(own)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads would compete with those of the network
-    from service.workers import child
+    tempfile.tempdir = None  # forked, the process would keep that of its template
+    from service.workers import preload
 
-    child.main(connection, device, settings, entries, folder)
+    preload.main(connection, device, settings, entries, folder)

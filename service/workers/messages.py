@@ -9,9 +9,14 @@ from typing import Literal
 from service.errors import ServiceError
 from service.imaging.maps import Size
 from service.imaging.render import Encoding, Format
+from service.models.repository import Entry
 
 ClassRef = int | str
 SERVED_TYPE = "classification"
+Priority = Literal["interactive", "batch"]
+BEAT_S = 1.0
+EXIT_POISONED = 70
+"""The exit code of a worker whose device is lost to it."""
 State = Literal["loading", "ready", "failed", "unloaded"]
 
 
@@ -36,6 +41,7 @@ class ExplainRequest:
     colormap: str = "jet"
     alpha: float = 0.5
     as_base64: bool = True
+    priority: Priority = "interactive"
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What `GET /methods` tells of a method; `gen_params` is a JSON Schema."""
+    """What `GET /methods` tells of a method; `gen_params` is a JSON Schema. `alone`: it runs very often per picture."""
 
     name: str
     family: Literal["cam", "pixel", "perturbation"]
@@ -141,15 +147,20 @@ class MethodInfo:
     description: str
     cost: str
     gen_params: Mapping[str, object]
+    alone: bool = False
 
 
 @dataclass(frozen=True)
 class Job:
-    """Parent to child: compute this. `deadline` is on `time.monotonic`'s clock, which processes of a machine share."""
+    """Parent to child: compute this. `deadline` is on `time.monotonic`'s clock, which processes of a machine share.
+
+    `passable`: quick requests may pass it, because it takes long or is of the priority `batch`.
+    """
 
     id: int
     request: ExplainRequest
     deadline: float
+    passable: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,17 +171,40 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class Load:
+    """Parent to child: read this model from the repository again; what serves it now goes on until the new one can."""
+
+    entry: Entry
+
+
+@dataclass(frozen=True)
+class Unload:
+    """Parent to child: let go of this model. No job for it comes afterwards."""
+
+    model_id: str
+
+
+@dataclass(frozen=True)
 class Stop:
     """Parent to child: finish what runs and leave."""
 
 
 @dataclass(frozen=True)
 class Hello:
-    """Child to parent, first: the device it serves, how many pictures it takes at a time, and the methods it knows."""
+    """Child to parent, first: the device it serves, how many pictures it takes at a time, how many slots compute them,
+    and the methods it knows."""
 
     device: str
     capacity: int
+    slots: int
     methods: tuple[MethodInfo, ...]
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Child to parent, every BEAT_S seconds: it lives, and its longest step has taken `stalled_s` seconds."""
+
+    stalled_s: float
 
 
 @dataclass(frozen=True)
@@ -181,12 +215,21 @@ class ModelChanged:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """Child to parent: a Load or Unload is done, or failed for this reason."""
+
+    model_id: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class Done:
-    """Child to parent: a job's outcome."""
+    """Child to parent: a job's outcome, and the seconds that the device worked for it."""
 
     id: int
     outcome: Answer | ServiceError
+    spent: float = 0.0
 
 
-ToChild = Job | Cancel | Stop
-ToParent = Hello | ModelChanged | Done
+ToChild = Job | Cancel | Load | Unload | Stop
+ToParent = Hello | Beat | ModelChanged | Loaded | Done

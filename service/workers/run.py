@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 
 from service.errors import ServiceError, TooManyPixels
@@ -49,15 +49,17 @@ class Run:
     def __init__(
         self,
         job: Job,
-        models: Mapping[str, Model],
+        model: Model,
         device: Device,
         edges: Executor,
         settings: Settings,
-        end: Callable[[Answer | ServiceError], None],
+        end: Callable[[Answer | ServiceError, float], None],
     ) -> None:
-        """`edges` decodes and renders; `end` is called with the outcome, on a thread of the edges or the device."""
+        """`edges` decodes and renders. `end` is called with the outcome and the seconds that the device worked for it,
+        on a thread of the edges or the device."""
         self._request = job.request
-        self._models = models
+        self._model = model
+        self._order: Order | None = None
         self._device = device
         self._edges = edges
         self._settings = settings
@@ -89,7 +91,8 @@ class Run:
         started = time.perf_counter()
         try:
             self._life.check()
-            step(*args)
+            with self._device.progress.working():
+                step(*args)
         except ServiceError as error:
             self._fail(error)
         except Exception:
@@ -99,9 +102,8 @@ class Run:
         self._leave()
 
     def _plan(self) -> None:
-        self._model = self._models[self._request.model_id]
         plan = make_plan(self._request, self._model)
-        self._order = Order(self._model, plan.tasks, self._life.gone)
+        self._order = Order(self._model, plan.tasks, self._life.gone, batch=self._request.priority == "batch")
         self._decode_part(plan, 0)
 
     def _decode_part(self, plan: Plan, start: int) -> None:
@@ -135,6 +137,7 @@ class Run:
             )
 
     def _compute(self, plan: Plan, part: range) -> None:
+        assert self._order is not None
         items = []
         for index in part:
             item = Item(self._order, self._pictures[index].fitted, plan.classes[index])
@@ -173,7 +176,7 @@ class Run:
             self._steps -= 1
             over = not self._steps
         if over:
-            self._end(self._failure or self._answer())
+            self._end(self._failure or self._answer(), self._order.spent if self._order else 0.0)
 
     def _answer(self) -> Answer:
         results = tuple(self._results[index] for index in sorted(self._results))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -26,6 +27,7 @@ from service.workers.messages import (
     ModelChanged,
     ModelInfo,
     Timings,
+    ToChild,
     ToParent,
 )
 from service.workers.pool import Pool, Worker
@@ -33,6 +35,7 @@ from service.workers.pool import Pool, Worker
 P = ParamSpec("P")
 
 METHOD = MethodInfo("grad_cam", "cam", 1, "paper", "description", "1", {"type": "object"})
+SLOW = MethodInfo("score_cam", "cam", 1, "paper", "description", "2048", {"type": "object"}, alone=True)
 PATIENCE_S = 60.0
 
 
@@ -84,6 +87,11 @@ class FakeWorker(Worker):
         self.jobs = {}
         self.models = {}
         self.capacity = 0
+        self.slots = 1
+        self.stalled_s = 0.0
+        self.heard = math.inf
+        self.asked = {}
+        self.sent: list[ToChild] = []
         self.serves = False
         self.gone = threading.Event()
         self.process = cast(Any, FakeProcess())
@@ -97,8 +105,11 @@ class FakeWorker(Worker):
         self._started(self)
 
     def submit(self, job: Job) -> None:
-        self.jobs[job.id] = len(job.request.pictures)
+        self.jobs[job.id] = job
         self.given.append(job)
+
+    def send(self, message: ToChild) -> None:
+        self.sent.append(message)
 
     def cancel(self, job_id: int) -> None:
         if job_id in self.jobs:
@@ -114,7 +125,7 @@ class FakeWorker(Worker):
         return [job.id for job in self.given]
 
     def hello(self, capacity: int = 1) -> None:
-        self._tell(self, Hello(self.device, capacity, (METHOD,)))
+        self._tell(self, Hello(self.device, capacity, 1, (METHOD, SLOW)))
 
     def tell(self, *infos: ModelInfo) -> None:
         for info in infos:
@@ -128,7 +139,8 @@ class FakeWorker(Worker):
     def finish(self, job_id: int, outcome: Answer | ServiceError | None = None) -> None:
         self._tell(self, Done(job_id, outcome or answer()))
 
-    def die(self) -> None:
+    def die(self, exit_code: int = -9) -> None:
+        cast(Any, self.process).exitcode = exit_code
         self._tell(self, None)
 
 

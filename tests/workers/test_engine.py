@@ -24,6 +24,7 @@ from torch import Tensor
 from service.errors import (
     DeadlineExceeded,
     InvalidRequest,
+    ModelUnloaded,
     OutOfDeviceMemory,
     ServiceError,
     TooManyPixels,
@@ -405,7 +406,7 @@ def test_closing_leaves_no_thread_and_finishes_what_runs(engine: Engine) -> None
     closed.submit(Job(4, dataclasses.replace(asked(), model_id="none"), FAR), seen.put)
     closed.close()
     done = {done.id: done.outcome for done in (seen.get_nowait() for _ in range(5))}
-    error(done.pop(4), ServiceError)  # it has no such model: the queue never sends it such a request
+    error(done.pop(4), ModelUnloaded)
     assert [maps(outcome).shape[0] for outcome in done.values()] == [6, 6, 6, 6]
     assert set(threading.enumerate()) <= before
 

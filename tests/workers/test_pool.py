@@ -19,7 +19,7 @@ from service.settings import Settings
 from service.workers.messages import Answer, Done, ExplainRequest, Job, ModelInfo, ToParent
 from service.workers.pool import MAX_BACKOFF_S, Pool, Worker, _wait_or_kill
 from tests.conftest import DATA, write_tiny
-from tests.dispatch.support import METHOD, Bench, FakeProcess, FakeWorker, answer, on_loop, settle
+from tests.dispatch.support import METHOD, SLOW, Bench, FakeProcess, FakeWorker, answer, on_loop, settle
 
 NO_DEADLINE = float("inf")
 
@@ -29,15 +29,15 @@ class Listening:
 
     def __init__(self) -> None:
         self.outcomes: asyncio.Queue[Done] = asyncio.Queue()
-        self.losses: asyncio.Queue[tuple[int, ...]] = asyncio.Queue()
+        self.losses: asyncio.Queue[tuple[tuple[int, ...], int | None]] = asyncio.Queue()
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def done(self, done: Done) -> None:
+    def done(self, job: Job, done: Done) -> None:
         self.outcomes.put_nowait(done)
 
-    def lost(self, job_ids: tuple[int, ...]) -> None:
-        self.losses.put_nowait(job_ids)
+    def lost(self, job_ids: tuple[int, ...], exit_code: int | None) -> None:
+        self.losses.put_nowait((job_ids, exit_code))
 
     def changed(self) -> None:
         self._tasks.add(asyncio.ensure_future(self._notify()))
@@ -90,8 +90,8 @@ async def test_a_real_worker_from_its_hello_to_its_end_with_a_death_in_between(
         assert (pool.models["broken"].state, pool.models["broken"].reason) == ("failed", "model.toml is missing")
         assert {"grad_cam", "guided_grad_cam"} <= {method.name for method in pool.methods}
         assert worker.capacity >= 1
-        assert pool.free_worker("tiny") is worker
-        assert pool.free_worker("broken") is None
+        assert pool.free_worker("tiny", passable=False) is worker
+        assert pool.free_worker("broken", passable=False) is None
 
         worker.submit(explain(1))
         done = await listener.outcomes.get()
@@ -103,15 +103,15 @@ async def test_a_real_worker_from_its_hello_to_its_end_with_a_death_in_between(
         for job_id in (7, 5):
             worker.submit(explain(job_id, pictures=64))
         worker.process.kill()
-        assert await listener.losses.get() == (5, 7)
+        assert await listener.losses.get() == ((5, 7), -9)
         fresh = await listener.serving(pool)
         assert fresh is not worker
         assert fresh.process.pid != worker.process.pid
         assert worker.process.exitcode == -9
         processes = [psutil.Process(fresh.process.pid)]
-        assert any((tmp_path / "temporary").iterdir())
+        assert any((tmp_path / "temporary").glob("heatmap-service-*"))
     assert not [process for process in processes if process.is_running()]
-    assert not any((tmp_path / "temporary").iterdir())
+    assert not any((tmp_path / "temporary").glob("heatmap-service-*"))
     assert fresh.process.exitcode == 0
     assert pool.workers in ([], [fresh])
     for thread in threading.enumerate():
@@ -241,7 +241,7 @@ async def test_the_death_of_a_worker_is_told_with_its_jobs_in_order_and_logged(
 async def test_a_worker_serves_when_it_has_told_of_every_model() -> None:
     async with Bench("tiny", "other", "broken") as bench:
         bench.worker.hello()
-        assert bench.pool.methods == (METHOD,)
+        assert bench.pool.methods == (METHOD, SLOW)
         for info in (ModelInfo("tiny", "ready"), ModelInfo("broken", "failed")):
             bench.worker.tell(info)
             assert not bench.worker.serves
@@ -253,19 +253,19 @@ async def test_a_worker_serves_when_it_has_told_of_every_model() -> None:
 async def test_free_is_the_least_busy_worker_with_the_model_and_room() -> None:
     async with Bench("tiny", "other", devices=3) as bench:
         one, two, three = bench.workers
-        assert bench.pool.free_worker("tiny") is None
+        assert bench.pool.free_worker("tiny", passable=False) is None
         one.serve("tiny", capacity=3)
         two.serve("tiny", capacity=3)
         three.serve("other", capacity=3)
-        one.jobs = {1: 1, 2: 1}
-        two.jobs = {3: 1}
-        assert bench.pool.free_worker("tiny") is two
-        two.jobs[4] = 2
-        assert bench.pool.free_worker("tiny") is one
-        one.jobs[5] = 64  # more than there is room for
-        assert bench.pool.free_worker("tiny") is None
-        assert bench.pool.free_worker("other") is three
-        assert bench.pool.free_worker("unknown") is None
+        one.jobs = {1: explain(1), 2: explain(2)}
+        two.jobs = {3: explain(3)}
+        assert bench.pool.free_worker("tiny", passable=False) is two
+        two.jobs[4] = explain(4, pictures=2)
+        assert bench.pool.free_worker("tiny", passable=False) is one
+        one.jobs[5] = explain(5, pictures=64)  # more than there is room for
+        assert bench.pool.free_worker("tiny", passable=False) is None
+        assert bench.pool.free_worker("other", passable=False) is three
+        assert bench.pool.free_worker("unknown", passable=False) is None
 
 
 @on_loop

@@ -1,0 +1,9 @@
+"""What a worker imports before anything else, done once in the process from which a CPU's workers are forked."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads would compete with those of the network
+
+from service.workers.child import main as main

@@ -1,0 +1,92 @@
+"""Which exits of a worker count against the pictures that it had, and for how long."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+
+from service.dispatch.quarantine import CRASHES, FORGET_S, Quarantine
+from service.errors import PictureQuarantined, WorkerLost
+from service.workers.messages import ExplainRequest
+from tests.dispatch.support import Bench, on_loop, settle
+
+
+def showing(*pictures: bytes | str) -> ExplainRequest:
+    return ExplainRequest("tiny", pictures, ((),) * len(pictures))
+
+
+def is_kept(quarantine: Quarantine, request: ExplainRequest) -> bool:
+    try:
+        quarantine.check(request)
+    except PictureQuarantined:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("number", sorted(CRASHES))
+def test_two_crashes_are_one_too_many(number: signal.Signals) -> None:
+    quarantine = Quarantine()
+    quarantine.blame(showing(b"one"), -number)
+    assert not is_kept(quarantine, showing(b"one"))
+    quarantine.blame(showing(b"one"), -number)
+    assert is_kept(quarantine, showing(b"one"))
+    assert not is_kept(quarantine, showing(b"other"))
+
+
+@pytest.mark.parametrize("exit_code", [-signal.SIGKILL, -signal.SIGTERM, 0, 1, 70, 255, signal.SIGSEGV, None])
+def test_no_other_exit_counts(exit_code: int | None) -> None:
+    quarantine = Quarantine()
+    for _ in range(5):
+        quarantine.blame(showing(b"one"), exit_code)
+    assert not is_kept(quarantine, showing(b"one"))
+
+
+def test_a_known_picture_is_named_among_others() -> None:
+    quarantine = Quarantine()
+    for _ in range(2):
+        quarantine.blame(showing("b25l"), -signal.SIGSEGV)
+    with pytest.raises(PictureQuarantined) as refused:
+        quarantine.check(showing(b"harmless", "b25l"))
+    assert [place.pointer for place in refused.value.errors] == ["/images/1"]
+
+
+def test_of_several_pictures_none_is_held_guilty_alone() -> None:
+    quarantine = Quarantine()
+    for _ in range(2):
+        quarantine.blame(showing(b"one", b"two"), -signal.SIGABRT)
+    assert is_kept(quarantine, showing(b"one", b"two"))
+    assert not is_kept(quarantine, showing(b"one"))
+    assert not is_kept(quarantine, showing(b"two", b"one"))
+    assert not is_kept(quarantine, showing(b"onetwo"))
+
+
+def test_it_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    quarantine, now = Quarantine(), time.monotonic()
+    for _ in range(2):
+        quarantine.blame(showing(b"one"), -signal.SIGSEGV)
+    monkeypatch.setattr(time, "monotonic", lambda: now + FORGET_S - 1)
+    assert is_kept(quarantine, showing(b"one"))
+    monkeypatch.setattr(time, "monotonic", lambda: now + FORGET_S + 1)
+    assert not is_kept(quarantine, showing(b"one"))
+    quarantine.blame(showing(b"one"), -signal.SIGSEGV)
+    assert not is_kept(quarantine, showing(b"one")), "it starts anew"
+
+
+@on_loop
+async def test_what_crashed_in_company_and_then_alone_is_no_proof() -> None:
+    async with Bench() as bench:
+        bench.worker.serve("tiny", capacity=2)
+        tasks = [await bench.ask() for _ in range(2)]
+        bench.worker.die(-signal.SIGSEGV)
+        for _ in tasks:
+            fresh = await bench.started()
+            fresh.serve("tiny", capacity=2)
+            await settle()
+            fresh.die(-signal.SIGSEGV)
+        first, second = tasks
+        with pytest.raises(WorkerLost):
+            await first
+        with pytest.raises(PictureQuarantined):  # the same bytes, which by now have crashed two workers alone
+            await second
