@@ -10,14 +10,13 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
+from service.dispatch.admission import Admission, Ticket
 from service.dispatch.costs import Costs
 from service.dispatch.counts import Counts
 from service.dispatch.quarantine import Quarantine
 from service.errors import (
-    BodyTooLarge,
     DeadlineExceeded,
     Draining,
     ModelFailed,
@@ -26,48 +25,16 @@ from service.errors import (
     ModelTypeNotSupported,
     ModelUnloaded,
     NoWorker,
-    QueueFull,
     ServiceError,
-    TooManyPictures,
     WorkerLost,
     nearest,
 )
 from service.settings import Settings
 from service.workers.messages import SERVED_TYPE, Answer, Done, ExplainRequest, Job, MethodInfo, ModelInfo
-from service.workers.pool import Pool, Worker
+from service.workers.pool import Pool
 
 STARTING_RETRY_S = 5.0
 MAX_LOSSES = 2
-BATCH_DELAY_S = 10.0
-"""A request of the priority `batch` has its turn as if it had come so much later."""
-
-
-@dataclass(eq=False)
-class Ticket:
-    """An accepted request: its job, its answer slot, and where it is."""
-
-    job: Job
-    size_bytes: int
-    answer: asyncio.Future[Answer]
-    accepted: float
-    started: float | None = None
-    worker: Worker | None = None
-    losses: int = 0
-    cost: float = 0.0
-    """Seconds of device work, as far as they can be told beforehand."""
-
-    @property
-    def pictures(self) -> int:
-        return len(self.job.request.pictures)
-
-    @property
-    def turn(self) -> float:
-        """The waiting request with the least has the next turn."""
-        return self.accepted + (BATCH_DELAY_S if self.job.request.priority == "batch" else 0.0)
-
-    def left(self, now: float) -> float:
-        """Seconds of device work that are left, if the device has worked for it since it was handed over."""
-        return self.cost if self.started is None else max(0.0, self.cost - (now - self.started))
 
 
 class Dispatcher:
@@ -77,11 +44,11 @@ class Dispatcher:
     """
 
     def __init__(self, settings: Settings, pool: Pool) -> None:
-        self._settings = settings
         self._pool = pool
         self._ids = itertools.count(1)
         self._tickets: dict[int, Ticket] = {}
         self._pending: list[Ticket] = []
+        self._admission = Admission(settings, pool, self._tickets)
         self._costs = Costs()
         self._quarantine = Quarantine()
         self._closing: set[str] = set()
@@ -159,7 +126,8 @@ class Dispatcher:
         self.check_open(request.model_id, len(request.pictures), size_bytes, passable)
         self._quarantine.check(request)
         cost = self._costs.estimate(request)
-        self._check_in_time(cost, timeout_s, passable)
+        if cost is not None:
+            self._admission.check_time(cost, timeout_s, passable)
         now = time.monotonic()
         job = Job(next(self._ids), request, deadline=now + timeout_s, passable=passable)
         answer = asyncio.get_running_loop().create_future()
@@ -174,40 +142,13 @@ class Dispatcher:
         slow = {method.name for method in self._pool.methods if method.alone}
         return request.priority == "batch" or not slow.isdisjoint(request.methods)
 
-    def _check_in_time(self, cost: float | None, timeout_s: float, passable: bool) -> None:
-        """Refuse at once what cannot be answered in its time."""
-        if cost is None:
-            return
-        if cost > timeout_s:
-            raise DeadlineExceeded(
-                f"The request takes about {cost:.1f} s of the device's time and has {timeout_s:g} s; "
-                "give it a longer timeout_s, or ask for less."
-            )
-        wait = self._wait(self._before(passable))
-        if wait + cost > timeout_s:
-            raise QueueFull(
-                f"What waits before it takes about {wait:.1f} s and the request itself {cost:.1f} s; "
-                f"it has {timeout_s:g} s.",
-                retry_after=wait + cost - timeout_s,
-            )
-
-    def _before(self, passable: bool) -> list[Ticket]:
-        """What has its turn before a new request: those that may be passed are, if it is quick."""
-        return [ticket for ticket in self._tickets.values() if passable or not ticket.job.passable]
-
-    def _wait(self, tickets: Iterable[Ticket]) -> float:
-        """Seconds until the devices have done all this."""
-        now = time.monotonic()
-        slots = sum(worker.slots for worker in self._pool.workers)
-        return sum(ticket.left(now) for ticket in tickets) / max(1, slots)
-
     async def load(self, model_id: str) -> ModelInfo:
         """Read a model of the repository again, or for the first time; what serves it goes on until the new one can.
 
         Raises ModelNotFound, or ModelFailed with the reason.
         """
         if reason := await self._pool.load(model_id):
-            served = " It is served as it was before." if self.model(model_id).state == "ready" else ""
+            served = "; it is served as before" if self.model(model_id).state == "ready" else ""
             raise ModelFailed(f"Model {model_id!r} could not be loaded: {reason}{served}")
         return self.model(model_id)
 
@@ -246,20 +187,7 @@ class Dispatcher:
         if self._draining:
             raise Draining("The service is shutting down; another replica may answer.", retry_after=STARTING_RETRY_S)
         self._check_served(model_id)
-        settings = self._settings
-        self._check_room("requests", 1, lambda _ticket: 1, settings.max_queue, passable)
-        self._check_room("pictures", pictures, lambda ticket: ticket.pictures, settings.max_queue_pictures, passable)
-        self._check_room("bytes", size_bytes, lambda ticket: ticket.size_bytes, settings.max_queue_bytes, passable)
-
-    def _check_room(self, unit: str, more: int, size: Callable[[Ticket], int], limit: int, passable: bool) -> None:
-        if more > limit:
-            kind = TooManyPictures if unit == "pictures" else BodyTooLarge
-            raise kind(f"The request brings {more} {unit}; the queue never holds more than {limit}.")
-        tickets = tuple(self._tickets.values())
-        _check_full(unit, more, tickets, size, limit, "", self._wait)
-        if passable:
-            long = tuple(ticket for ticket in tickets if ticket.job.passable)
-            _check_full(unit, more, long, size, max(more, limit // 2), " of long requests", self._wait)
+        self._admission.check_room(pictures, size_bytes, passable)
 
     def _check_served(self, model_id: str) -> None:
         if model_id in self._closing:
@@ -340,25 +268,6 @@ class Dispatcher:
             ticket.worker.cancel(ticket.job.id)
         if not self._tickets:
             self._idle.set()
-
-
-def _check_full(
-    unit: str,
-    more: int,
-    tickets: tuple[Ticket, ...],
-    size: Callable[[Ticket], int],
-    limit: int,
-    whose: str,
-    wait: Callable[[Iterable[Ticket]], float],
-) -> None:
-    """Raise QueueFull, to be tried again when as many of the oldest are done as make room."""
-    held = sum(map(size, tickets))
-    if held + more <= limit:
-        return
-    freed = itertools.accumulate(map(size, tickets))
-    needed = next(count for count, room in enumerate(freed, 1) if held - room + more <= limit)
-    detail = f"The queue holds {held} {unit}{whose} of at most {limit}, and this request brings {more} more."
-    raise QueueFull(detail, retry_after=max(1.0, wait(tickets[:needed])))
 
 
 def deadline_exceeded(timeout_s: float) -> DeadlineExceeded:

@@ -172,14 +172,16 @@ class Device:
         """Set the result of each item. What fails in company is tried again request by request: one alone is guilty."""
         orders = dict.fromkeys(item.order for item in batch)
         passable = all(map(_passable, orders))
+        begun = False
         passed = 0.0  # seconds that others took between the steps
 
         def check() -> None:
-            nonlocal passed
+            nonlocal begun, passed
             if all(order.gone() for order in orders):
                 raise abandoned()
-            if passable:
+            if passable and begun:
                 passed += self._let_pass()
+            begun = True
             self.progress.step()
 
         started = time.perf_counter()

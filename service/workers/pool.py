@@ -280,6 +280,7 @@ class Pool:
                     self._listener.done(job, message)
             case Hello():
                 worker.capacity, worker.slots = message.capacity, message.slots
+                self._check_serves(worker)
                 self.methods = message.methods
             case Loaded():
                 if asked := worker.asked.pop(message.model_id, None):
@@ -294,6 +295,10 @@ class Pool:
         worker.models[info.id] = info
         if info.state == "ready" or not any(other.has(info.id) for other in self.workers):
             self.models[info.id] = info
+        self._check_serves(worker)
+
+    def _check_serves(self, worker: Worker) -> None:
+        """It serves when it has told of every model."""
         if worker.models.keys() >= self._entries.keys():
             worker.serves = True
             self._failures[worker.device] = 0

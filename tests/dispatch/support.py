@@ -7,6 +7,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec, cast
@@ -19,10 +20,12 @@ from service.settings import Settings
 from service.workers import pool as pool_module
 from service.workers.messages import (
     Answer,
+    Beat,
     Done,
     ExplainRequest,
     Hello,
     Job,
+    Loaded,
     MethodInfo,
     ModelChanged,
     ModelInfo,
@@ -92,6 +95,7 @@ class FakeWorker(Worker):
         self.heard = math.inf
         self.asked = {}
         self.sent: list[ToChild] = []
+        self.told = asyncio.Event()
         self.serves = False
         self.gone = threading.Event()
         self.process = cast(Any, FakeProcess())
@@ -110,6 +114,7 @@ class FakeWorker(Worker):
 
     def send(self, message: ToChild) -> None:
         self.sent.append(message)
+        self.told.set()
 
     def cancel(self, job_id: int) -> None:
         if job_id in self.jobs:
@@ -136,8 +141,14 @@ class FakeWorker(Worker):
         self.hello(capacity)
         self.tell(*(ModelInfo(model_id, "ready", type="classification") for model_id in model_ids))
 
-    def finish(self, job_id: int, outcome: Answer | ServiceError | None = None) -> None:
-        self._tell(self, Done(job_id, outcome or answer()))
+    def finish(self, job_id: int, outcome: Answer | ServiceError | None = None, spent: float = 0.0) -> None:
+        self._tell(self, Done(job_id, outcome or answer(), spent))
+
+    def loaded(self, model_id: str, reason: str | None = None) -> None:
+        self._tell(self, Loaded(model_id, reason))
+
+    def beat(self, stalled_s: float = 0.0) -> None:
+        self._tell(self, Beat(stalled_s))
 
     def die(self, exit_code: int = -9) -> None:
         cast(Any, self.process).exitcode = exit_code
@@ -190,10 +201,10 @@ class Bench:
         return await self._started.get()
 
     async def ask(
-        self, model_id: str = "tiny", pictures: int = 1, size_bytes: int = 1, timeout_s: float = 60.0
+        self, model_id: str = "tiny", pictures: int = 1, size_bytes: int = 1, timeout_s: float = 60.0, **fields: Any
     ) -> asyncio.Task[Answer]:
         """A request that has got as far as it can."""
-        work = self.dispatcher.explain(request(model_id, pictures), size_bytes, timeout_s)
+        work = self.dispatcher.explain(replace(request(model_id, pictures), **fields), size_bytes, timeout_s)
         task = asyncio.create_task(work)
         await settle()
         return task

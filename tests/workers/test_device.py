@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,9 +22,10 @@ from torch import Tensor
 from service.errors import DeadlineExceeded, OutOfDeviceMemory, ServiceError
 from service.models.resident import Model
 from service.workers.compute import Explained
-from service.workers.device import Computed, Device, Item, Order
+from service.workers.device import BATCH_DELAY_S, Computed, Device, Item, Order
 from service.workers.plan import make_plan
 from tests.nets import IMAGENET, close_to, hand, hand_picture, model_of, pictures, request, residual, varied
+from tests.server import wait_until
 
 Pixels = NDArray[np.uint8]
 BOTH = ("grad_cam", "guided_grad_cam")
@@ -386,3 +388,113 @@ def test_run_raises_what_went_wrong(device: Device, watch: Watch) -> None:
     watch.before = fail
     with pytest.raises(ServiceError, match="wrong"):
         device.run(net(), make_plan(request(2, methods=("grad_cam",)), net()), pictures(2, 12))
+
+
+class Steps:
+    """Stands between the steps of a long request and does there what a test wants."""
+
+    def __init__(self, then: Callable[[int], None]) -> None:
+        self.count = -1  # the first look is that of the slot which takes the request
+        self._then = then
+
+    def __call__(self) -> bool:
+        self.count += 1
+        if self.count:
+            self._then(self.count)
+        return False
+
+
+@pytest.mark.parametrize("batch", [False, True], ids=["a slow method", "the class batch"])
+def test_quick_requests_pass_a_long_one_between_its_steps_and_neither_changes(batch: bool, watch: Watch) -> None:
+    with closing(Device("cpu", 1, 2)) as device:
+        quick = [item(cam(), seed) for seed in range(4)]
+        done_at: list[list[int]] = []
+
+        def between(step: int) -> None:
+            assert not slow.result.done()
+            done_at.append([place for place, one in enumerate(quick) if one.result.done()])
+            if step == 3:
+                device.put(quick)
+
+        steps = Steps(between)
+        slow = item(order(None, *(("grad_cam", "random_cam") if batch else ("score_cam",)), gone=steps), 9, 1, 2, 3)
+        slow.order.batch = batch
+        device.put([slow])
+        found = answer(slow)
+        assert [len(done) for done in done_at[3:6]] == [2, 4, 4], "one batch at each step, so that the long one goes on"
+        assert len(done_at) > 5
+        for one in quick:
+            assert_same(answer(one), alone(one))
+        assert_same(found, alone(slow))
+        assert slow.order.spent < answer_time(slow)
+
+
+def answer_time(of: Item) -> float:
+    computed: Computed = of.result.result(0)
+    return computed.ended - computed.started
+
+
+def test_long_requests_pass_nobody(watch: Watch) -> None:
+    with closing(Device("cpu", 1, 2)) as device:
+        others = [item(order(None, "score_cam"), 1), item(cam(), 2)]
+        others[1].order.batch = True
+
+        def between(step: int) -> None:
+            if step == 1:
+                device.put(others)
+            assert not any(other.result.done() for other in others)
+
+        slow = item(order(None, "score_cam", gone=Steps(between)), 9)
+        device.put([slow])
+        answer(slow)
+        for other in others:
+            answer(other)
+
+
+def test_the_class_batch_has_its_turn_after_the_others_unless_it_has_waited_long(device: Device, watch: Watch) -> None:
+    items = [item(cam(), seed) for seed in range(3)]
+    items[0].order.batch = items[1].order.batch = True
+    items[0].order.since -= 2 * BATCH_DELAY_S
+    with closing(Device("cpu", 1, 1)) as single:
+        with watch.held(single):
+            single.put([items[2], items[1], items[0]])
+        for one in items:
+            answer(one)
+    turns = [[np.array_equal(one.pixels, batch[0]) for one in items].index(True) for batch in watch.batches]
+    assert turns == [0, 2, 1]
+
+
+def test_what_a_request_costs_is_its_share_of_its_batches(device: Device, watch: Watch) -> None:
+    many, one = cam(), cam()
+    items = [*(item(many, seed) for seed in range(3)), item(one, 7)]
+    with watch.held(device):
+        device.put(items)
+    for each in items:
+        answer(each)
+    assert watch.sizes == [4]
+    assert many.spent == pytest.approx(3 * one.spent)
+    assert many.spent + one.spent == pytest.approx(answer_time(items[0]))
+
+
+def test_a_lost_device_is_told_and_an_ordinary_error_is_not(device: Device, watch: Watch) -> None:
+    told: list[str] = []
+
+    def fail(message: str, _pixels: Pixels) -> None:
+        raise RuntimeError(message)
+
+    for message in ("CUDA error: device-side assert triggered", "CUDA error: invalid argument", "no assert triggered"):
+        device.on_poisoned = partial(told.append, message)
+        watch.before = partial(fail, message)
+        with pytest.raises(RuntimeError):
+            device.run(net(), make_plan(request(methods=("grad_cam",)), net()), pictures(1, 12))
+    assert told == ["CUDA error: device-side assert triggered"]
+
+
+def test_a_step_without_an_end_shows(device: Device, watch: Watch) -> None:
+    assert device.progress.stalled_s() == 0
+    with watch.held(device):
+        time.sleep(0.3)
+        assert device.progress.stalled_s() >= 0.3
+        time.sleep(0.1)
+        assert device.progress.stalled_s() >= 0.4
+    wait_until(lambda: device.progress.stalled_s() == 0, 10)

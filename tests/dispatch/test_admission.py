@@ -1,0 +1,247 @@
+"""Costs learned from answers, what follows from them at the door, and the two classes of requests."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from service.dispatch.admission import BATCH_DELAY_S
+from service.dispatch.costs import FORGET_S, MAX_KNOWN, RECENT, UNFINISHED, Costs
+from service.errors import DeadlineExceeded, QueueFull
+from service.workers.messages import ExplainRequest
+from tests.dispatch.support import Bench, on_loop, settle
+
+SLOW: dict[str, Any] = {"methods": ("score_cam",)}
+BATCH: dict[str, Any] = {"priority": "batch"}
+
+
+def asking(pictures: int = 1, method: str = "grad_cam", classes: int = 0, **params: object) -> ExplainRequest:
+    return ExplainRequest("tiny", (b"",) * pictures, (tuple(range(classes)),) * pictures, (method,), gen_params=params)
+
+
+# Costs
+
+
+def test_the_cost_is_that_of_the_picture_times_their_number() -> None:
+    costs = Costs()
+    assert costs.estimate(asking()) is None
+    costs.learn(asking(pictures=4), 2.0, finished=True)
+    assert costs.estimate(asking()) == 0.5
+    assert costs.estimate(asking(pictures=10)) == 5.0
+    assert costs.estimate(asking(classes=1)) == 0.5, "the top class is one class"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [asking(method="rise"), asking(classes=2), asking(n=9), ExplainRequest("other", (b"",), ((),), ("grad_cam",))],
+)
+def test_what_is_asked_otherwise_has_a_cost_of_its_own(other: ExplainRequest) -> None:
+    costs = Costs()
+    costs.learn(asking(), 1.0, finished=True)
+    assert costs.estimate(other) is None
+
+
+def test_the_order_of_parameters_is_nothing() -> None:
+    costs = Costs()
+    costs.learn(asking(n=9, seed=1), 1.0, finished=True)
+    assert costs.estimate(asking(seed=1, n=9)) == 1.0
+
+
+def test_the_latest_costs_weigh_most() -> None:
+    costs = Costs()
+    for spent in (1.0, 2.0):
+        costs.learn(asking(), spent, finished=True)
+    assert costs.estimate(asking()) == pytest.approx(RECENT * 2 + (1 - RECENT) * 1)
+
+
+def test_what_was_given_up_costs_more_than_was_spent() -> None:
+    costs = Costs()
+    costs.learn(asking(), 8.0, finished=False)
+    assert costs.estimate(asking()) == 8.0 * UNFINISHED
+    costs.learn(asking(), 1.0, finished=False)
+    assert costs.estimate(asking()) == 8.0 * UNFINISHED, "one who left early tells nothing new"
+
+
+def test_an_estimate_is_forgotten_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs, now = Costs(), time.monotonic()
+    costs.learn(asking(), 1.0, finished=True)
+    monkeypatch.setattr(time, "monotonic", lambda: now + FORGET_S + 1)
+    assert costs.estimate(asking()) is None
+
+
+def test_no_more_than_so_many_are_kept() -> None:
+    costs = Costs()
+    for number in range(MAX_KNOWN + 1):
+        costs.learn(asking(seed=number), 1.0, finished=True)
+    assert costs.estimate(asking(seed=0)) is None
+    assert costs.estimate(asking(seed=1)) == costs.estimate(asking(seed=MAX_KNOWN)) == 1.0
+
+
+# At the door
+
+
+@on_loop
+async def test_what_cannot_be_done_in_its_time_is_refused_at_once() -> None:
+    async with Bench() as bench:
+        bench.worker.serve("tiny")
+        first = await bench.ask(**SLOW)
+        bench.worker.finish(1, spent=40.0)
+        await first
+        with pytest.raises(DeadlineExceeded, match=r"about 40\.0 s of the device's time and has 30 s;"):
+            await (await bench.ask(timeout_s=30, **SLOW))
+        assert bench.worker.ids == [1], "no worker was bothered"
+        again = await bench.ask(timeout_s=50, **SLOW)
+        bench.worker.finish(2)
+        await again
+
+
+@on_loop
+async def test_what_others_leave_no_time_for_is_told_when_to_come_again() -> None:
+    async with Bench() as bench:
+        bench.worker.serve("tiny")
+        first = await bench.ask()
+        bench.worker.finish(1, spent=10.0)
+        await first
+        waiting = [await bench.ask(timeout_s=100) for _ in range(5)]
+        with pytest.raises(QueueFull) as refused:
+            await (await bench.ask(timeout_s=45))
+        assert refused.value.retry_after == pytest.approx(5 * 10 + 10 - 45, abs=1)
+        patient = await bench.ask(timeout_s=61)
+        for job_id in range(2, 8):
+            bench.worker.finish(job_id)
+            await settle()
+        await asyncio.gather(*waiting, patient)
+
+
+@on_loop
+async def test_two_slots_do_it_in_half_the_time() -> None:
+    async with Bench(devices=2) as bench:
+        for worker in bench.workers:
+            worker.serve("tiny")
+        first = await bench.ask()
+        bench.worker.finish(1, spent=10.0)
+        await first
+        waiting = [await bench.ask(timeout_s=100) for _ in range(4)]
+        with pytest.raises(QueueFull) as refused:
+            await (await bench.ask(timeout_s=15))
+        assert refused.value.retry_after == pytest.approx(4 * 10 / 2 + 10 - 15, abs=1)
+        for task in waiting:
+            task.cancel()
+
+
+@on_loop
+async def test_a_full_queue_says_when_there_is_room() -> None:
+    async with Bench(max_queue_pictures=10) as bench:
+        bench.worker.serve("tiny")
+        first = await bench.ask()
+        bench.worker.finish(1, spent=2.0)
+        await first
+        waiting = [await bench.ask(pictures=pictures, timeout_s=100) for pictures in (3, 3, 4)]
+        for pictures, seconds in ((3, 3 * 2), (5, 6 * 2), (10, 10 * 2)):
+            with pytest.raises(QueueFull) as refused:
+                await (await bench.ask(pictures=pictures, timeout_s=100))
+            assert refused.value.retry_after == pytest.approx(seconds, abs=1)
+        for task in waiting:
+            task.cancel()
+
+
+@on_loop
+async def test_what_a_client_gave_up_is_learned_too() -> None:
+    async with Bench() as bench:
+        bench.worker.serve("tiny")
+        gone = await bench.ask(**SLOW)
+        gone.cancel()
+        await settle()
+        bench.worker.finish(1, DeadlineExceeded("Nobody waits for this request any more."), spent=25.0)
+        with pytest.raises(DeadlineExceeded, match="about 31"):
+            await (await bench.ask(timeout_s=30, **SLOW))
+
+
+# Two classes
+
+
+@pytest.mark.parametrize("long", [SLOW, BATCH], ids=["slow", "batch"])
+@on_loop
+async def test_a_flood_of_long_requests_refuses_no_quick_one(long: dict[str, Any]) -> None:
+    async with Bench(max_queue=8) as bench:
+        bench.worker.serve("tiny", capacity=4)
+        flood = [await bench.ask(**long) for _ in range(8)]
+        refused = [task for task in flood if task.done()]
+        assert len(refused) == 4
+        for task in refused:
+            with pytest.raises(QueueFull, match="holds 4 requests that may wait of at most 4"):
+                await task
+        assert bench.worker.ids == [1, 2, 3], "a quarter of the worker's room is kept for quick requests"
+        quick = await bench.ask()
+        assert bench.worker.ids == [1, 2, 3, 5]
+        bench.worker.finish(5)
+        await quick
+        for job_id in (1, 2, 3, 4):
+            bench.worker.finish(job_id)
+            await settle()
+        await asyncio.gather(*flood[:4])
+
+
+@on_loop
+async def test_quick_requests_are_not_kept_out_for_the_time_of_those_that_they_pass() -> None:
+    async with Bench() as bench:
+        bench.worker.serve("tiny", capacity=4)
+        for spent, fields in ((20.0, SLOW), (0.1, {})):
+            first = await bench.ask(**fields)
+            bench.worker.finish(bench.worker.ids[-1], spent=spent)
+            await first
+        slow = [await bench.ask(timeout_s=100, **SLOW) for _ in range(4)]
+        quick = await bench.ask(timeout_s=5)
+        bench.worker.finish(bench.worker.ids[-1])
+        await quick
+        with pytest.raises(QueueFull):
+            await (await bench.ask(timeout_s=90, **SLOW))
+        for task in slow:
+            task.cancel()
+
+
+@on_loop
+async def test_interactive_requests_pass_those_of_the_batch_class_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with Bench() as bench:
+        bench.worker.serve("tiny")
+        first = await bench.ask()
+        batch = await bench.ask(**BATCH)
+        quick = await bench.ask()
+        bench.worker.finish(1)
+        await settle()
+        assert bench.worker.ids == [1, 3]
+        now = time.monotonic()
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "monotonic", lambda: now + BATCH_DELAY_S + 1)
+            late = await bench.ask()
+        bench.worker.finish(3)
+        await settle()
+        assert bench.worker.ids == [1, 3, 2], "it has waited long enough"
+        bench.worker.finish(2)
+        await settle()
+        bench.worker.finish(4)
+        await asyncio.gather(first, batch, quick, late)
+
+
+# What became of them
+
+
+@on_loop
+async def test_every_accepted_request_is_counted_once() -> None:
+    async with Bench(max_queue=4) as bench:
+        bench.worker.serve("tiny", capacity=8)
+        counts = bench.dispatcher.counts
+        answered, failed, cancelled, late = [
+            await bench.ask(), await bench.ask(), await bench.ask(), await bench.ask(timeout_s=0.01)
+        ]  # fmt: skip
+        refused = await bench.ask()
+        bench.worker.finish(1)
+        bench.worker.finish(2, QueueFull("some error of the worker"))
+        cancelled.cancel()
+        await asyncio.gather(answered, failed, cancelled, late, refused, return_exceptions=True)
+        assert vars(counts) == {"accepted": 4, "answered": 1, "failed": 1, "cancelled": 1, "timed_out": 1}
