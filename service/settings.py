@@ -72,6 +72,9 @@ class Settings(BaseModel):
     timeout_s: float = Field(30.0, gt=0, le=3600, description="deadline of a request that names none, in seconds")
     body_timeout_s: float = Field(30.0, gt=0, description="seconds within which a body must have arrived")
     grace_s: float = Field(30.0, ge=0, description="seconds that accepted requests get after SIGTERM")
+    api_keys_file: Path | None = Field(
+        None, description="file with a line per key, from `heatmap-service key`; without it everybody may predict"
+    )
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = Field(
         (), description="origins, separated by commas, whose pages may call the service"
     )
