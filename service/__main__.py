@@ -11,7 +11,7 @@ from pathlib import Path
 
 from service.errors import ModelLoadError, ServiceError
 from service.keys import make_key
-from service.settings import Settings, SettingsError, add_options, load
+from service.settings import Settings, SettingsError, add_options, check_exposure, load
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -64,6 +64,7 @@ def _serve(settings: Settings) -> None:
     from service.app import Server, create_app
     from service.workers.devices import resolve
 
+    check_exposure(settings)
     resolve(settings.device)  # a device that is not there stops the start here, with a message
     logging.getLogger().setLevel(settings.log_level.upper())
     Server(create_app(settings), settings).run()
