@@ -134,6 +134,10 @@ class QueueFull(ServiceError):
     status, code, title = 429, "queue_full", "The queue is full"
 
 
+class RateLimited(ServiceError):
+    status, code, title = 429, "rate_limited", "Too many requests in a short time"
+
+
 class Unavailable(ServiceError):
     status, code, title = 503, "unavailable", "The service cannot take the request now"
 

@@ -70,6 +70,12 @@ class Settings(BaseModel):
         ge=1,
         description="pixels of all heatmaps of one request; each counts at least as the network's input",
     )
+    max_rate: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="requests for work per second and key, or address where there is no key; 0 sets no limit",
+    )
     timeout_s: float = Field(30.0, gt=0, le=3600, description="deadline of a request that names none, in seconds")
     body_timeout_s: float = Field(30.0, gt=0, description="seconds within which a body must have arrived")
     grace_s: float = Field(30.0, ge=0, description="seconds that accepted requests get after SIGTERM")

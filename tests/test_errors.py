@@ -31,7 +31,7 @@ TABLE = {
         "model_type_not_supported",
         "method_not_supported",
     },
-    429: {"queue_full"},
+    429: {"queue_full", "rate_limited"},
     500: {"internal_error"},
     503: {"unavailable", "model_loading", "model_failed", "no_worker", "worker_lost", "draining"},
     504: {"deadline_exceeded"},

@@ -131,6 +131,9 @@ def test_a_bad_variable_is_named_as_it_was_written(name: str) -> None:
         ("body_timeout_s", "0"),
         ("grace_s", "-1"),
         ("grace_s", "nan"),
+        ("max_rate", "-1"),
+        ("max_rate", "nan"),
+        ("max_rate", "inf"),
         ("log_level", "INFO"),
     ],
 )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from service.api import catalogue, health, inference, keys, openapi, problems
 from service.api.middleware import FrameMiddleware
+from service.api.rate import Rate
 from service.dispatch.dispatcher import Dispatcher
 from service.keys import read_keys
 from service.settings import Settings
@@ -21,6 +22,10 @@ def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
     problems.install(app)
     openapi.install(app, open_to_all=not known)
     app.add_middleware(FrameMiddleware)
-    for router in (inference.create_router(dispatcher, settings), catalogue.create_router(dispatcher)):
-        app.include_router(router, dependencies=[needs.predict], responses=keys.PROBLEMS)
+    app.include_router(
+        inference.create_router(dispatcher, settings),
+        dependencies=[needs.predict, Depends(Rate(settings.max_rate).check)],
+        responses=keys.PROBLEMS,
+    )
+    app.include_router(catalogue.create_router(dispatcher), dependencies=[needs.predict], responses=keys.PROBLEMS)
     app.include_router(health.create_router(dispatcher))
