@@ -1,4 +1,4 @@
-"""The command line: `serve` the models over HTTP, `explain` pictures without a server, print the `openapi` document."""
+"""The command line: `serve` models over HTTP, `explain` pictures without it, print `openapi`, make an API `key`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from service.errors import ModelLoadError, ServiceError
-from service.settings import Settings, SettingsError, add_options, load
+from service.keys import make_key
+from service.settings import Settings, SettingsError, add_options, check_exposure, load
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -23,6 +24,8 @@ def main(arguments: list[str] | None = None) -> None:
             _serve(load(options, os.environ))
         elif command == "explain":
             _explain(**options)
+        elif command == "key":
+            _key(**options)
         else:
             _openapi()
     except SettingsError as error:
@@ -46,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--models", type=Path, help="folder with one folder per model")
     explain.add_argument("--model", help="id of the model (default: the only one)")
     commands.add_parser("openapi", help="print the OpenAPI document")
+    key = commands.add_parser("key", help="make an API key and its line for the file of --api-keys-file")
+    key.add_argument("name", metavar="NAME", help="who it is for; logs name it")
+    key.add_argument("--rights", default="predict", help="predict (default), admin or predict,admin")
     return parser
 
 
@@ -58,6 +64,7 @@ def _serve(settings: Settings) -> None:
     from service.app import Server, create_app
     from service.workers.devices import resolve
 
+    check_exposure(settings)
     resolve(settings.device)  # a device that is not there stops the start here, with a message
     logging.getLogger().setLevel(settings.log_level.upper())
     Server(create_app(settings), settings).run()
@@ -68,6 +75,12 @@ def _explain(pictures: list[Path], method: str, out: Path, models: Path | None, 
 
     for line in explain(pictures, method, out, models, model):
         print(line)
+
+
+def _key(name: str, rights: str) -> None:
+    key, line = make_key(name, rights)
+    print(f"key:  {key}\nline: {line}")
+    print("The key is for the client and is shown this once; the line is for the file of keys.", file=sys.stderr)
 
 
 def _openapi() -> None:

@@ -48,6 +48,18 @@ class MalformedBody(ServiceError):
     status, code, title = 400, "malformed_body", "The body cannot be read"
 
 
+class KeyMissing(ServiceError):
+    status, code, title = 401, "key_missing", "A key is needed"
+
+
+class KeyWrong(ServiceError):
+    status, code, title = 401, "key_wrong", "The key is not known"
+
+
+class KeyLacksRight(ServiceError):
+    status, code, title = 403, "key_lacks_right", "The key lacks the right"
+
+
 class ModelNotFound(ServiceError):
     status, code, title = 404, "model_not_found", "No such model"
 
@@ -124,6 +136,10 @@ class ModelTypeNotSupported(InvalidRequest):
 
 class QueueFull(ServiceError):
     status, code, title = 429, "queue_full", "The queue is full"
+
+
+class RateLimited(ServiceError):
+    status, code, title = 429, "rate_limited", "Too many requests in a short time"
 
 
 class Unavailable(ServiceError):

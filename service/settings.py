@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -69,11 +70,23 @@ class Settings(BaseModel):
         ge=1,
         description="pixels of all heatmaps of one request; each counts at least as the network's input",
     )
+    max_rate: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="requests for work per second and key, or address where there is no key; 0 sets no limit",
+    )
     timeout_s: float = Field(30.0, gt=0, le=3600, description="deadline of a request that names none, in seconds")
     body_timeout_s: float = Field(30.0, gt=0, description="seconds within which a body must have arrived")
     grace_s: float = Field(30.0, ge=0, description="seconds that accepted requests get after SIGTERM")
     hang_s: float = Field(
         60.0, ge=2, description="seconds without progress after which a worker is killed and replaced"
+    )
+    api_keys_file: Path | None = Field(
+        None, description="file with a line per key, from `heatmap-service key`; without it everybody may predict"
+    )
+    insecure: bool = Field(
+        False, description="serve without keys on an address that others reach; something else must keep them out"
     )
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = Field(
         (), description="origins, separated by commas, whose pages may call the service"
@@ -90,9 +103,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add one option per setting; an option that is not given leaves the environment and the default alone."""
     for name, field in Settings.model_fields.items():
         default = "" if field.default in (None, ()) else f" (default {field.default})"
+        flag: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}  # needs no value
         parser.add_argument(
-            option_of(name), default=argparse.SUPPRESS, metavar="VALUE", help=f"{field.description}{default}"
+            option_of(name), default=argparse.SUPPRESS, metavar="VALUE", help=f"{field.description}{default}", **flag
         )
+
+
+def check_exposure(settings: Settings) -> None:
+    """Raise SettingsError where others could reach the server without a key, and nobody said that they may."""
+    if settings.api_keys_file or settings.insecure or _is_loopback(settings.host):
+        return
+    raise SettingsError(
+        f"{option_of('host')}: others may reach {settings.host!r}, and nobody would need a key; either name a file "
+        f"with --api-keys-file (HEATMAP_API_KEYS_FILE; `heatmap-service key NAME` makes a key), or say --insecure "
+        f"(HEATMAP_INSECURE=true) where something else keeps them out"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def load(options: Mapping[str, str], environment: Mapping[str, str]) -> Settings:

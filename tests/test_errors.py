@@ -13,6 +13,8 @@ from service.errors import FieldError, ServiceError, nearest
 # The contract's section "Errors", and the code of each row's cases.
 TABLE = {
     400: {"malformed_body"},
+    401: {"key_missing", "key_wrong"},
+    403: {"key_lacks_right"},
     404: {"model_not_found", "path_not_found"},
     405: {"method_not_allowed"},
     406: {"not_acceptable"},
@@ -30,7 +32,7 @@ TABLE = {
         "method_not_supported",
         "picture_quarantined",
     },
-    429: {"queue_full"},
+    429: {"queue_full", "rate_limited"},
     500: {"internal_error"},
     503: {"unavailable", "model_loading", "model_failed", "model_unloaded", "no_worker", "worker_lost", "draining"},
     504: {"deadline_exceeded"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from service.__main__ import main
+from service.keys import find_key, read_keys
 from service.workers.devices import resolve
 from tests.conftest import DATA, write_tiny
 
@@ -93,6 +95,45 @@ def test_openapi_prints_the_document(capsys: pytest.CaptureFixture[str]) -> None
     document = json.loads(capsys.readouterr().out)
     assert document["openapi"].startswith("3.1")
     assert {"/models/{id}/heatmap", "/models/{id}/infer", "/methods", "/livez", "/readyz"} <= document["paths"].keys()
+
+
+def test_key_prints_a_new_key_and_a_line_that_the_server_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = []
+    for arguments, rights in ((["ann"], {"predict"}), (["bob", "--rights", "predict,admin"], {"predict", "admin"})):
+        main(["key", *arguments])
+        key, line = re.fullmatch(r"key:  (\S{43})\nline: (.+)\n", capsys.readouterr().out).groups()  # type: ignore[union-attr]
+        assert key not in line
+        made.append((key, line, arguments[0], rights))
+    file = tmp_path / "keys"
+    file.write_text("\n".join(line for _, line, _, _ in made))
+    keys = read_keys(file)
+    for key, _, name, rights in made:
+        found = find_key(keys, key)
+        assert found is not None
+        assert (found.name, set(found.rights)) == (name, rights)
+    assert made[0][0] != made[1][0]
+
+
+@pytest.mark.parametrize("arguments", [("a b",), ("",), ("-",), ("ann", "--rights", "root"), ("a\nb",)])
+def test_a_key_that_no_file_could_hold_is_not_made(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    said = refusal(capsys, "key", *arguments)
+    assert "name" in said or "rights" in said
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("content", ["ann predict sha256:12", None])
+def test_a_file_of_keys_that_is_none_ends_the_server_with_a_message(tmp_path: Path, content: str | None) -> None:
+    if content:
+        (tmp_path / "keys").write_text(content)
+    ended = command("serve", "--port", "0", HEATMAP_API_KEYS_FILE=str(tmp_path / "keys"))
+    assert ended.returncode == 2
+    (message,) = ended.stderr.splitlines()
+    assert message.startswith("heatmap-service: --api-keys-file: ")
+    assert str(tmp_path / "keys") in message
 
 
 def test_explain_writes_a_heatmap_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

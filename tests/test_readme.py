@@ -56,7 +56,7 @@ def test_every_other_command_is_make_or_docker_compose_over_files_that_exist() -
     assert "make test" in others
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for command in others:
-        words = command.split()
+        words = command.removeprefix("API_KEYS_FILE=/path/to/keys ").split()
         assert words[0] == "make" or words[:2] == ["docker", "compose"]
         assert all(target in targets for target in words[1:] if words[0] == "make")
         assert all((ROOT / word).is_file() for word in words if word.endswith(".yaml"))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 from pydantic.fields import FieldInfo
 
-from service.settings import PREFIX, Settings, SettingsError, add_options, load, option_of
+from service.settings import PREFIX, Settings, SettingsError, add_options, check_exposure, load, option_of
 
 FIELDS = Settings.model_fields
 SPECIAL = {"device": ("cuda:1,cuda:0", "gpu"), "port": ("9000", "70000")}  # a pattern, a bound below the next number
@@ -90,7 +90,8 @@ def test_the_help_says_what_it_is_and_its_default(name: str) -> None:
     parser = argparse.ArgumentParser()
     add_options(parser)
     default = FIELDS[name].default
-    said = f"{option_of(name)} VALUE {FIELDS[name].description}"
+    value = "[VALUE]" if FIELDS[name].annotation is bool else "VALUE"
+    said = f"{option_of(name)} {value} {FIELDS[name].description}"
     if default not in (None, ()):
         said += f" (default {default})"
     assert FIELDS[name].description
@@ -130,6 +131,9 @@ def test_a_bad_variable_is_named_as_it_was_written(name: str) -> None:
         ("body_timeout_s", "0"),
         ("grace_s", "-1"),
         ("grace_s", "nan"),
+        ("max_rate", "-1"),
+        ("max_rate", "nan"),
+        ("max_rate", "inf"),
         ("log_level", "INFO"),
     ],
 )
@@ -171,6 +175,32 @@ def test_wrong_devices(device: str) -> None:
 def test_wrong_devices_that_pass(device: str) -> None:
     with pytest.raises(SettingsError, match="--device"):
         load({"device": device}, {})
+
+
+@pytest.mark.parametrize("given", ["--insecure", "--insecure=true", "--insecure --port=1", "--port=1 --insecure"])
+def test_a_flag_needs_no_value(given: str) -> None:
+    assert load(parse(*given.split()), {"HEATMAP_INSECURE": "false"}).insecure is True
+    assert load(parse("--insecure", "false"), {"HEATMAP_INSECURE": "true"}).insecure is False
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.10", "::1", "localhost", "LocalHost"])
+def test_this_machine_alone_is_served_without_more_words(host: str) -> None:
+    check_exposure(Settings(host=host))
+
+
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "", "192.168.1.2", "128.0.0.1", "localhost.test", "fe80::1", "127.1"]
+)
+def test_another_address_needs_keys_or_the_word_insecure(host: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        check_exposure(Settings(host=host, insecure=False))
+    said = str(refused.value)
+    assert said.startswith(f"--host: others may reach {host!r}")
+    assert all(
+        way in said for way in ("--api-keys-file", "HEATMAP_API_KEYS_FILE", "--insecure", "HEATMAP_INSECURE=true")
+    )
+    check_exposure(Settings(host=host, insecure=True))
+    check_exposure(Settings(host=host, api_keys_file=Path("keys")))
 
 
 def test_an_empty_variable_is_none() -> None:

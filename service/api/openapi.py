@@ -38,14 +38,19 @@ SINGLE_HEADERS = {
 }
 
 
-def install(app: FastAPI) -> None:
-    """Add the schemas that routes refer to by name, and that no route of FastAPI's own returns."""
+def install(app: FastAPI, open_to_all: bool) -> None:
+    """Add the schemas that routes refer to by name, and that no route of FastAPI's own returns.
+
+    `open_to_all`: the routes that need the right to predict work without a key, too.
+    """
     generate = app.openapi
 
     @functools.cache
     def openapi() -> Schema:
         document = generate()
         _drop_fastapis_422(document)
+        if open_to_all:
+            _make_keys_optional(document)
         schemas = document["components"]["schemas"]
         schemas |= {name: _with_images(kind, name) for kind, name in REQUESTS.items()}
         schemas |= models_json_schema([(Problem, "serialization")], ref_template=REF)[1]["$defs"]
@@ -109,6 +114,14 @@ def _drop_fastapis_422(document: Schema) -> None:
                 del operation["responses"]["422"]
     for name in ("HTTPValidationError", "ValidationError"):
         document["components"]["schemas"].pop(name, None)
+
+
+def _make_keys_optional(document: Schema) -> None:
+    for path in document["paths"].values():
+        for operation in path.values():
+            rights = {right for scheme in operation.get("security", ()) for roles in scheme.values() for right in roles}
+            if rights == {"predict"}:
+                operation["security"].insert(0, {})
 
 
 def _ref(name: str) -> Schema:

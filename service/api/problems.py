@@ -35,6 +35,8 @@ def problem(scope: Scope, error: ServiceError) -> Response:
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if error.status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, BodyTimeout):
         headers["Connection"] = "close"  # the rest of the body may never come
     pointed = [{"pointer": place.pointer, "detail": place.detail} for place in error.errors]

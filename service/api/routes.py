@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
-from service.api import catalogue, health, inference, openapi, problems
+from service.api import catalogue, health, inference, keys, openapi, problems
 from service.api.middleware import FrameMiddleware
+from service.api.rate import Rate
 from service.dispatch.dispatcher import Dispatcher
+from service.keys import read_keys
 from service.settings import Settings
 
 
 def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
-    """Give the app every endpoint of the API. Middleware added later lies around it."""
+    """Give the app every endpoint of the API. Middleware added later lies around it.
+
+    Raises SettingsError where the file of keys is no such file.
+    """
+    known = read_keys(settings.api_keys_file) if settings.api_keys_file else ()
+    needs = keys.Keys(known)
     problems.install(app)
-    openapi.install(app)
+    openapi.install(app, open_to_all=not known)
     app.add_middleware(FrameMiddleware)
-    app.include_router(inference.create_router(dispatcher, settings))
-    app.include_router(catalogue.create_router(dispatcher))
+    app.include_router(
+        inference.create_router(dispatcher, settings),
+        dependencies=[needs.predict, Depends(Rate(settings.max_rate).check)],
+        responses=keys.PROBLEMS,
+    )
+    app.include_router(catalogue.create_router(dispatcher), dependencies=[needs.predict], responses=keys.PROBLEMS)
     app.include_router(health.create_router(dispatcher))
