@@ -174,6 +174,10 @@ class DeadlineExceeded(ServiceError):
     status, code, title = 504, "deadline_exceeded", "The deadline of the request passed"
 
 
+class DeadlineTooShort(DeadlineExceeded):
+    code, title = "deadline_too_short", "The request takes longer than it has"
+
+
 class OutOfDeviceMemory(ServiceError):
     status, code, title = 507, "out_of_device_memory", "The device has no memory for one picture"
 

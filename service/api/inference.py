@@ -12,6 +12,7 @@ from service.api import openapi
 from service.api.answers import json_answer, single_answer
 from service.api.disconnect import unless_gone
 from service.api.encodings import read_payload
+from service.api.metrics import Metrics
 from service.api.negotiation import JSON, choose, choose_json
 from service.api.requests import count_heatmaps, heatmap_request, infer_request, targets_of
 from service.api.responses import HeatmapAnswer, InferAnswer
@@ -21,6 +22,7 @@ from service.errors import (
     BodyTimeout,
     BodyTooLarge,
     DeadlineExceeded,
+    DeadlineTooShort,
     Draining,
     InvalidGenParams,
     InvalidRequest,
@@ -74,12 +76,13 @@ INFER_PROBLEMS: tuple[type[ServiceError], ...] = (
     WorkerLost,
     Draining,
     DeadlineExceeded,
+    DeadlineTooShort,
     OutOfDeviceMemory,
 )
 HEATMAP_PROBLEMS = (*INFER_PROBLEMS, UnknownMethod, UnknownLayer, UnknownClass, InvalidGenParams)
 
 
-def create_router(dispatcher: Dispatcher, settings: Settings) -> APIRouter:
+def create_router(dispatcher: Dispatcher, settings: Settings, metrics: Metrics) -> APIRouter:
     """`POST /models/{id}/heatmap` and `POST /models/{id}/infer`."""
     router = APIRouter(tags=["inference"])
 
@@ -90,9 +93,12 @@ def create_router(dispatcher: Dispatcher, settings: Settings) -> APIRouter:
             raise deadline_exceeded(deadline)
         try:
             answer = await unless_gone(request.receive, dispatcher.explain(work, size_bytes, left))
+        except DeadlineTooShort:
+            raise
         except DeadlineExceeded:
             raise deadline_exceeded(deadline) from None  # in the client's number, not in what was left of it
         request.state.timings = answer.timings
+        metrics.answered(answer.model_id, answer.timings)
         return answer
 
     @router.post(

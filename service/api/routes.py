@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import Depends, FastAPI
 
-from service.api import catalogue, health, inference, keys, openapi, problems
+from service.api import admin, catalogue, health, inference, keys, metrics, openapi, problems
 from service.api.middleware import FrameMiddleware
 from service.api.rate import Rate
 from service.dispatch.dispatcher import Dispatcher
@@ -22,10 +22,13 @@ def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
     problems.install(app)
     openapi.install(app, open_to_all=not known)
     app.add_middleware(FrameMiddleware)
+    measured = metrics.Metrics(dispatcher)
     app.include_router(
-        inference.create_router(dispatcher, settings),
+        inference.create_router(dispatcher, settings, measured),
         dependencies=[needs.predict, Depends(Rate(settings.max_rate).check)],
         responses=keys.PROBLEMS,
     )
     app.include_router(catalogue.create_router(dispatcher), dependencies=[needs.predict], responses=keys.PROBLEMS)
+    app.include_router(metrics.create_router(measured), dependencies=[needs.predict], responses=keys.PROBLEMS)
+    app.include_router(admin.create_router(dispatcher), dependencies=[needs.admin], responses=keys.PROBLEMS)
     app.include_router(health.create_router(dispatcher))

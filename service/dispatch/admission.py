@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from service.errors import BodyTooLarge, DeadlineExceeded, QueueFull, TooManyPictures
+from service.errors import BodyTooLarge, DeadlineTooShort, QueueFull, TooManyPictures
 from service.settings import Settings
 from service.workers.messages import Answer, Job
 from service.workers.pool import Pool, Worker
@@ -74,10 +74,10 @@ class Admission:
     def check_time(self, cost: float, timeout_s: float, passable: bool) -> None:
         """Refuse at once what takes `cost` seconds of device work and cannot be answered in its time.
 
-        Raises DeadlineExceeded where it takes longer than that alone, QueueFull where too much is before it.
+        Raises DeadlineTooShort where it takes longer than that alone, QueueFull where too much is before it.
         """
         if cost > timeout_s:
-            raise DeadlineExceeded(
+            raise DeadlineTooShort(
                 f"The request takes about {cost:.1f} s of the device's time and has {timeout_s:g} s; "
                 "give it a longer timeout_s, or ask for less."
             )

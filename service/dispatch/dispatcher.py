@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from service.dispatch.admission import Admission, Ticket
 from service.dispatch.costs import Costs
@@ -35,6 +36,14 @@ from service.workers.pool import Pool
 
 STARTING_RETRY_S = 5.0
 MAX_LOSSES = 2
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Each device with whether its worker serves and the pictures that it has; how many were replaced so far."""
+
+    devices: tuple[tuple[str, bool, int], ...]
+    replaced: int
 
 
 class Dispatcher:
@@ -90,6 +99,20 @@ class Dispatcher:
         if not self._pool.methods:
             raise NoWorker("The first worker is still starting.", retry_after=STARTING_RETRY_S)
         return self._pool.methods
+
+    def held(self) -> dict[str, int]:
+        """The requests, pictures and bytes that are accepted and unanswered."""
+        tickets = self._tickets.values()
+        return {
+            "requests": len(tickets),
+            "pictures": sum(ticket.pictures for ticket in tickets),
+            "bytes": sum(ticket.size_bytes for ticket in tickets),
+        }
+
+    def workers(self) -> Workers:
+        """Who works now."""
+        devices = tuple((worker.device, worker.serves, worker.pictures) for worker in self._pool.workers)
+        return Workers(devices, self._pool.replaced)
 
     def not_ready(self) -> tuple[str, ...]:
         """Why requests can't be served now; empty when they can."""

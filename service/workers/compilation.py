@@ -40,7 +40,7 @@ class CompileJob:
 
 def compile_in_background(job: CompileJob) -> None:
     """Compile as the main function of a process. What goes wrong is logged; the store then has no such package."""
-    _stand_back()
+    _stand_back(19)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     [compile] %(message)s")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA on every CPU host
     torch.set_num_threads(job.threads)
@@ -56,23 +56,17 @@ def compile_in_background(job: CompileJob) -> None:
             )
 
 
-def capture_aside(entry: Entry, device: torch.device, folder: Path) -> None:
-    """Have a process of its own capture a model into `folder`. What goes wrong is for the load itself to say."""
-    process = multiprocessing.get_context("spawn").Process(target=_capture, args=(entry, device, folder), daemon=True)
-    process.start()
-    process.join()
-
-
-def _capture(entry: Entry, device: torch.device, folder: Path) -> None:
-    _stand_back()
+def capture_in_background(entry: Entry, device: str, folder: Path) -> None:
+    """Capture a model into `folder` as the main function of a process. What goes wrong is for its load to say."""
+    _stand_back(5)  # somebody waits for it
     with contextlib.suppress(Exception):
-        load(entry.id, read_spec(entry.folder), entry.folder, device, folder)
+        load(entry.id, read_spec(entry.folder), entry.folder, torch.device(device), folder)
 
 
-def _stand_back() -> None:
+def _stand_back(niceness: int) -> None:
     """Leave the cores to what serves, and the world with the parent."""
     os.setsid()
-    os.nice(19)
+    os.nice(niceness)
     threading.Thread(target=_leave_with_parent, name="parent", daemon=True).start()
 
 

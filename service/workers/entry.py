@@ -1,4 +1,4 @@
-"""Where a worker's process begins. Imported by the parent, so torch comes in only when the process runs."""
+"""Where a worker's processes begin. Imported by the parent, so torch comes in only when they run."""
 
 from __future__ import annotations
 
@@ -26,3 +26,10 @@ def run(connection: Connection, device: str, settings: Settings, entries: tuple[
     from service.workers import preload
 
     preload.main(connection, device, settings, entries, folder)
+
+
+def capture(entry: Entry, device: str, folder: Path) -> None:
+    """Capture a model into `folder`, where workers find it: for them to do so would stall what they serve."""
+    from service.workers import preload
+
+    preload.capture_in_background(entry, device, folder)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from service.models.repository import Entry
 from service.models.resident import Model
-from service.workers.compilation import capture_aside
 from service.workers.compiler import Compiler
 from service.workers.engine import Engine
 from service.workers.loading import load_into
@@ -43,8 +42,6 @@ class Loader:
                 case Entry():
                     self._load(wanted)
                 case Load(entry=entry):
-                    if self._engine.models:  # to capture here would stall those that serve
-                        capture_aside(entry, self._engine.device.device, self._folder)
                     self._send(Loaded(entry.id, self._load(entry)))
                 case Unload(model_id=model_id):
                     self._forget(self._engine.models.pop(model_id, None))

@@ -172,6 +172,7 @@ class Pool:
         self.workers: list[Worker] = []
         self.models: dict[str, ModelInfo] = {entry.id: ModelInfo(entry.id, state="loading") for entry in entries}
         self.methods: tuple[MethodInfo, ...] = ()
+        self.replaced = 0
         self._listener: Listener
         self._settings = settings
         self._entries = {entry.id: entry for entry in entries}
@@ -213,6 +214,8 @@ class Pool:
             if model_id not in self.models or self.models[model_id].state != "ready":
                 known = {**self.models, model_id: ModelInfo(model_id, state="loading")}
                 self.models = dict(sorted(known.items()))
+            for device in {worker.device for worker in self.workers}:
+                await asyncio.to_thread(_capture, entries[model_id], device, Path(self._folder.name))
             reasons = await self._ask_all(Load(entries[model_id]), model_id)
         return next(filter(None, reasons), None)
 
@@ -311,6 +314,7 @@ class Pool:
             return
         failures = self._failures.get(worker.device, 0)
         self._failures[worker.device] = failures + 1
+        self.replaced += 1
         delay = min(2.0 ** min(failures, 10) - 1, MAX_BACKOFF_S)
         logger.error(
             "worker %s ended with exit code %s under %d jobs; a new one starts in %.0f s",
@@ -327,6 +331,12 @@ class Pool:
     async def _start_later(self, device: str, delay: float) -> None:
         await asyncio.sleep(delay)
         await self._start_worker(device)
+
+
+def _capture(model: Entry, device: str, folder: Path) -> None:
+    process = _context(device).Process(target=entry.capture, args=(model, device, folder), daemon=True)
+    process.start()
+    process.join()
 
 
 def _context(device: str) -> SpawnContext | ForkServerContext:

@@ -7,3 +7,4 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads would compete with those of the network
 
 from service.workers.child import main as main
+from service.workers.compilation import capture_in_background as capture_in_background

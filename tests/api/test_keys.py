@@ -21,10 +21,12 @@ ROUTES = [
     ("GET", "/models/resnet/layers"),
     ("GET", "/models/resnet/classes?query=a"),
     ("GET", "/methods"),
+    ("GET", "/metrics"),
     ("POST", "/models/resnet/heatmap"),
     ("POST", "/models/resnet/infer"),
     ("POST", "/models/resnt/infer"),
 ]
+ADMIN = [("POST", "/models/resnet/load"), ("POST", "/models/resnet/unload")]
 KEYS = {
     name: make_key(name, rights) for name, rights in (("ann", "predict"), ("root", "admin"), ("all", "predict,admin"))
 }
@@ -65,7 +67,7 @@ def test_no_route_is_forgotten(guarded: Api) -> None:
     document = guarded.get("/openapi.json").json()
     told = {(verb.upper(), path) for path, verbs in document["paths"].items() for verb in verbs if path not in OPEN}
     assert told == {
-        (verb, url.partition("?")[0].replace("resnet", "{id}")) for verb, url in ROUTES if "resnt" not in url
+        (verb, url.partition("?")[0].replace("resnet", "{id}")) for verb, url in ROUTES + ADMIN if "resnt" not in url
     }
     for path in OPEN:
         assert guarded.get(path).status_code == 200
@@ -169,7 +171,8 @@ def test_openapi_tells_how_to_send_a_key_and_where_one_is_needed(guarded: Api, f
         }
         predict = [*optional, {"bearer": ["predict"]}, {"X-API-Key": ["predict"]}]
         admin = [{"bearer": ["admin"]}, {"X-API-Key": ["admin"]}]
-        assert needed.pop("/admin") == admin
+        for path in ("/admin", "/models/{id}/load", "/models/{id}/unload"):
+            assert needed.pop(path) == admin
         assert needed.pop("/livez") is needed.pop("/readyz") is None
         assert all(security == predict for security in needed.values())
         for path in needed:

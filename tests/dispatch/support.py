@@ -163,7 +163,7 @@ class Bench:
         self.pool = Pool(self.settings, tuple(Entry(one, Path(one)) for one in model_ids or ("tiny",)))
         self.dispatcher = Dispatcher(self.settings, self.pool)
         self._devices = tuple(f"cuda:{index}" for index in range(devices))
-        self._patch = mock.patch.object(pool_module, "Worker", self._make)
+        self._patch = mock.patch.multiple(pool_module, Worker=self._make, _capture=mock.Mock())
 
     async def __aenter__(self) -> Bench:
         self._loop = asyncio.get_running_loop()

@@ -10,7 +10,7 @@ import pytest
 
 from service.dispatch.admission import BATCH_DELAY_S
 from service.dispatch.costs import FORGET_S, MAX_KNOWN, RECENT, UNFINISHED, Costs
-from service.errors import DeadlineExceeded, QueueFull
+from service.errors import DeadlineExceeded, DeadlineTooShort, QueueFull
 from service.workers.messages import ExplainRequest
 from tests.dispatch.support import Bench, on_loop, settle
 
@@ -90,7 +90,7 @@ async def test_what_cannot_be_done_in_its_time_is_refused_at_once() -> None:
         first = await bench.ask(**SLOW)
         bench.worker.finish(1, spent=40.0)
         await first
-        with pytest.raises(DeadlineExceeded, match=r"about 40\.0 s of the device's time and has 30 s;"):
+        with pytest.raises(DeadlineTooShort, match=r"about 40\.0 s of the device's time and has 30 s;"):
             await (await bench.ask(timeout_s=30, **SLOW))
         assert bench.worker.ids == [1], "no worker was bothered"
         again = await bench.ask(timeout_s=50, **SLOW)
@@ -156,7 +156,7 @@ async def test_what_a_client_gave_up_is_learned_too() -> None:
         gone.cancel()
         await settle()
         bench.worker.finish(1, DeadlineExceeded("Nobody waits for this request any more."), spent=25.0)
-        with pytest.raises(DeadlineExceeded, match="about 31"):
+        with pytest.raises(DeadlineTooShort, match="about 31"):
             await (await bench.ask(timeout_s=30, **SLOW))
 
 
