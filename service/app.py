@@ -11,7 +11,6 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
-from fastapi.middleware.cors import CORSMiddleware
 
 from service import __version__
 from service.api import mount
@@ -24,7 +23,6 @@ from service.workers.pool import Pool
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 5
-EXPOSED_HEADERS = ("X-Class-Id", "X-Class-Name", "X-Confidence", "X-Request-ID", "Server-Timing", "Retry-After")
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -48,14 +46,6 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.dispatcher = dispatcher
     mount(app, dispatcher, settings)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=EXPOSED_HEADERS,
-        )
     return app
 
 
@@ -68,6 +58,8 @@ class Server(uvicorn.Server):
             host=settings.host,
             port=settings.port,
             log_level=settings.log_level,
+            log_config=None,
+            access_log=False,  # the API logs its requests itself
             timeout_graceful_shutdown=max(CLOSE_S, math.ceil(settings.grace_s)),
         )
         super().__init__(config)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from fastapi import Depends, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from service.api import catalogue, health, inference, keys, openapi, problems
-from service.api.middleware import FrameMiddleware
+from service.api.middleware import DefectMiddleware, FrameMiddleware
 from service.api.rate import Rate
 from service.dispatch.dispatcher import Dispatcher
 from service.keys import read_keys
 from service.settings import Settings
 
+EXPOSED_HEADERS = ("X-Class-Id", "X-Class-Name", "X-Confidence", "X-Request-ID", "Server-Timing", "Retry-After")
+
 
 def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
-    """Give the app every endpoint of the API. Middleware added later lies around it.
+    """Give the app every endpoint of the API, and what lies around them all.
 
     Raises SettingsError where the file of keys is no such file.
     """
@@ -21,6 +24,15 @@ def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
     needs = keys.Keys(known)
     problems.install(app)
     openapi.install(app, open_to_all=not known)
+    app.add_middleware(DefectMiddleware)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
     app.add_middleware(FrameMiddleware)
     app.include_router(
         inference.create_router(dispatcher, settings),
