@@ -43,6 +43,8 @@ def create_app(settings: Settings) -> FastAPI:
         version=__version__,
         summary="Class confidences and heatmaps of image classifiers",
         lifespan=lifespan,
+        docs_url=None,  # the API has a page of its own
+        redoc_url=None,
     )
     app.state.dispatcher = dispatcher
     mount(app, dispatcher, settings)

@@ -38,6 +38,7 @@ class FrameMiddleware:
             if message["type"] == "http.response.start":
                 state["status"] = message["status"]
                 headers = MutableHeaders(scope=message)
+                headers["X-Content-Type-Options"] = "nosniff"
                 headers["X-Request-ID"] = state["request_id"]
                 headers["Server-Timing"] = server_timing(state.get("timings"), time.perf_counter() - state["started"])
             await send(message)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from service.api import catalogue, health, inference, keys, openapi, problems
+from service.api import catalogue, docs, health, inference, keys, openapi, problems
 from service.api.middleware import DefectMiddleware, FrameMiddleware
 from service.api.rate import Rate
 from service.dispatch.dispatcher import Dispatcher
 from service.keys import read_keys
 from service.settings import Settings
 
+ALLOWED_HEADERS = ("Authorization", "X-API-Key", "X-Request-ID", "Content-Type")
 EXPOSED_HEADERS = ("X-Class-Id", "X-Class-Name", "X-Confidence", "X-Request-ID", "Server-Timing", "Retry-After")
 
 
@@ -30,7 +31,7 @@ def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["*"],
+            allow_headers=ALLOWED_HEADERS,
             expose_headers=EXPOSED_HEADERS,
         )
     app.add_middleware(FrameMiddleware)
@@ -41,3 +42,4 @@ def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
     )
     app.include_router(catalogue.create_router(dispatcher), dependencies=[needs.predict], responses=keys.PROBLEMS)
     app.include_router(health.create_router(dispatcher))
+    app.include_router(docs.create_router(app.title))
