@@ -67,6 +67,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._dispatcher: Dispatcher = app.state.dispatcher
         self._grace_s = settings.grace_s
+        self._needs_key = settings.api_keys_file is not None
         self._background: list[asyncio.Future[None]] = []
         self._draining = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -91,8 +92,9 @@ class Server(uvicorn.Server):
         host = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host  # noqa: S104
         model = next((info.id for info in self._dispatcher.models().values() if info.state == "ready"), "<id>")
         logger.info(
-            "Ready. Try:\n\n  curl -H 'Accept: image/png' -F image=@tests/data/chelsea.png "
+            "Ready. Try:\n\n  curl%s -H 'Accept: image/png' -F image=@tests/data/chelsea.png "
             "http://%s:%d/models/%s/heatmap -o heatmap.png\n",
+            " -H 'X-API-Key: <key>'" if self._needs_key else "",
             host,
             port,
             model,

@@ -42,13 +42,13 @@ def _fields(scope: Scope) -> dict[str, object]:
     status, code = state.get("status"), state.get("code")
     timings: Timings | None = state.get("timings")
     seconds = {**(vars(timings) if timings else {}), "total": time.perf_counter() - state["started"]}
-    model, methods = scope.get("path_params", {}).get("id"), state.get("methods")
+    model = scope.get("path_params", {}).get("id")
     return {
         "request_id": state["request_id"],
         "method": scope["method"][:MAX_ECHO],
         "path": quote(scope["path"], errors="replace")[:MAX_PATH],
         "model": model and model[:MAX_ECHO],
-        "methods": methods and [name[:MAX_ECHO] for name in methods],
+        "methods": [name[:MAX_ECHO] for name in state.get("methods", ())] or None,
         "pictures": state.get("pictures"),
         "status": status,
         "code": code,

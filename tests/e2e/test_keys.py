@@ -55,6 +55,10 @@ def test_a_key_opens_the_door(guarded: Guarded, chelsea: bytes) -> None:
             assert response.json()["results"][0]["heatmaps"]
 
 
+def test_the_line_to_try_is_one_with_a_key(guarded: Guarded) -> None:
+    assert "curl -H 'X-API-Key: <key>' " in guarded.server.log.read_text()
+
+
 def test_who_has_no_key_is_refused_before_a_byte_of_the_body_came(guarded: Guarded) -> None:
     url = urlsplit(guarded.server.url)
     with socket.create_connection((url.hostname, url.port), timeout=10) as connection:
