@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 from pathlib import Path
 
+from service import logs
 from service.errors import ModelLoadError, ServiceError
 from service.keys import make_key
-from service.settings import Settings, SettingsError, add_options, check_exposure, load
+from service.settings import Settings, SettingsError, add_options, check_exposure, load, warn_of_unknown
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; a wrong setting or request ends it with a message and status 2, another error with 1."""
     options = vars(_parser().parse_args(arguments))
     command = options.pop("command")
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
     try:
         if command == "serve":
             _serve(load(options, os.environ))
-        elif command == "explain":
+            return
+        logs.configure("info", "text", "command")
+        if command == "explain":
             _explain(**options)
         elif command == "key":
             _key(**options)
@@ -64,9 +65,10 @@ def _serve(settings: Settings) -> None:
     from service.app import Server, create_app
     from service.workers.devices import resolve
 
+    logs.configure(settings.log_level, settings.log_format)
+    warn_of_unknown(os.environ)
     check_exposure(settings)
     resolve(settings.device)  # a device that is not there stops the start here, with a message
-    logging.getLogger().setLevel(settings.log_level.upper())
     Server(create_app(settings), settings).run()
 
 

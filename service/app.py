@@ -11,7 +11,6 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
-from fastapi.middleware.cors import CORSMiddleware
 
 from service import __version__
 from service.api import mount
@@ -24,7 +23,6 @@ from service.workers.pool import Pool
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 5
-EXPOSED_HEADERS = ("X-Class-Id", "X-Class-Name", "X-Confidence", "X-Request-ID", "Server-Timing", "Retry-After")
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -45,17 +43,11 @@ def create_app(settings: Settings) -> FastAPI:
         version=__version__,
         summary="Class confidences and heatmaps of image classifiers",
         lifespan=lifespan,
+        docs_url=None,  # the API has a page of its own
+        redoc_url=None,
     )
     app.state.dispatcher = dispatcher
     mount(app, dispatcher, settings)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=EXPOSED_HEADERS,
-        )
     return app
 
 
@@ -68,11 +60,14 @@ class Server(uvicorn.Server):
             host=settings.host,
             port=settings.port,
             log_level=settings.log_level,
+            log_config=None,
+            access_log=False,  # the API logs its requests itself
             timeout_graceful_shutdown=max(CLOSE_S, math.ceil(settings.grace_s)),
         )
         super().__init__(config)
         self._dispatcher: Dispatcher = app.state.dispatcher
         self._grace_s = settings.grace_s
+        self._needs_key = settings.api_keys_file is not None
         self._background: list[asyncio.Future[None]] = []
         self._draining = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -97,8 +92,9 @@ class Server(uvicorn.Server):
         host = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host  # noqa: S104
         model = next((info.id for info in self._dispatcher.models().values() if info.state == "ready"), "<id>")
         logger.info(
-            "Ready. Try:\n\n  curl -H 'Accept: image/png' -F image=@tests/data/chelsea.png "
+            "Ready. Try:\n\n  curl%s -H 'Accept: image/png' -F image=@tests/data/chelsea.png "
             "http://%s:%d/models/%s/heatmap -o heatmap.png\n",
+            " -H 'X-API-Key: <key>'" if self._needs_key else "",
             host,
             port,
             model,

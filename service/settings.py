@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from service.errors import nearest
+from service.logs import Format
 
 PREFIX = "HEATMAP_"
 MIB = 2**20
@@ -92,6 +93,7 @@ class Settings(BaseModel):
         (), description="origins, separated by commas, whose pages may call the service"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    log_format: Format = Field("text", description="text for people, or json: an object on each line")
 
 
 def option_of(name: str) -> str:
@@ -130,20 +132,15 @@ def _is_loopback(host: str) -> bool:
 def load(options: Mapping[str, str], environment: Mapping[str, str]) -> Settings:
     """Settings from the command line's options, else the environment, else the defaults.
 
-    Raises SettingsError for a bad value. An unknown `HEATMAP_*` variable is logged with its nearest name; values
-    that start with `tcp://` are what Kubernetes sets for a service of the same name, and are ignored.
+    Raises SettingsError for a bad value. Values that start with `tcp://` are what Kubernetes sets for a service of the
+    same name, and are ignored.
     """
     values: dict[str, str] = {}
     sources: dict[str, str] = {}
-    for variable, value in environment.items():
-        if not variable.startswith(PREFIX) or not value or value.startswith("tcp://"):
-            continue
+    for variable, value in _given(environment):
         name = variable.removeprefix(PREFIX).lower()
         if name in Settings.model_fields:
             values[name], sources[name] = value, variable
-        else:
-            known = (PREFIX + field.upper() for field in Settings.model_fields)
-            logger.warning("%s is not a setting and is ignored.%s", variable, nearest(variable, known))
     for name in options:
         values[name], sources[name] = options[name], option_of(name)
     try:
@@ -154,3 +151,18 @@ def load(options: Mapping[str, str], environment: Mapping[str, str]) -> Settings
             for problem in error.errors()
         )
         raise SettingsError("; ".join(problems)) from None
+
+
+def warn_of_unknown(environment: Mapping[str, str]) -> None:
+    """Log each `HEATMAP_*` variable that is no setting, with the nearest names; for when it is known how to log."""
+    known = [PREFIX + field.upper() for field in Settings.model_fields]
+    for variable, _ in _given(environment):
+        if variable.upper() not in known:
+            logger.warning("%s is not a setting and is ignored.%s", variable, nearest(variable, known))
+
+
+def _given(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Our variables that have a value."""
+    for variable, value in environment.items():
+        if variable.startswith(PREFIX) and value and not value.startswith("tcp://"):
+            yield variable, value

@@ -12,7 +12,16 @@ from typing import Any, Literal
 import pytest
 from pydantic.fields import FieldInfo
 
-from service.settings import PREFIX, Settings, SettingsError, add_options, check_exposure, load, option_of
+from service.settings import (
+    PREFIX,
+    Settings,
+    SettingsError,
+    add_options,
+    check_exposure,
+    load,
+    option_of,
+    warn_of_unknown,
+)
 
 FIELDS = Settings.model_fields
 SPECIAL = {"device": ("cuda:1,cuda:0", "gpu"), "port": ("9000", "70000")}  # a pattern, a bound below the next number
@@ -81,7 +90,9 @@ def test_the_default_holds_otherwise(name: str) -> None:
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_the_link_of_a_kubernetes_service_is_no_value(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert load({}, {variable_of(name): "tcp://10.0.0.1:80"}) == Settings()
+    environment = {variable_of(name): "tcp://10.0.0.1:80", f"{variable_of(name)}_PORT_80_TCP": "tcp://10.0.0.1:80"}
+    assert load({}, environment) == Settings()
+    warn_of_unknown(environment)
     assert not caplog.records
 
 
@@ -149,7 +160,9 @@ def test_every_bad_value_is_told_at_once() -> None:
 
 def test_an_unknown_variable_is_a_warning_that_names_the_nearest(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert load({}, {"HEATMAP_MAX_BATCHES": "4", "MAX_BATCH": "4", "PATH": "/bin"}) == Settings()
+        environment = {"HEATMAP_MAX_BATCHES": "4", "HEATMAP_PORTS": "", "MAX_BATCH": "4", "PATH": "/bin"}
+        assert load({}, environment) == Settings()
+        warn_of_unknown({**environment, "HEATMAP_PORT": "1"})
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage().startswith("HEATMAP_MAX_BATCHES is not a setting and is ignored.")

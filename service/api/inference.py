@@ -87,6 +87,7 @@ def create_router(dispatcher: Dispatcher, settings: Settings, metrics: Metrics) 
     router = APIRouter(tags=["inference"])
 
     async def explain(request: Request, work: ExplainRequest, size_bytes: int, timeout_s: float | None) -> Answer:
+        request.state.methods, request.state.pictures = work.methods, len(work.pictures)
         deadline = timeout_s or settings.timeout_s
         left = deadline - (time.perf_counter() - request.state.started)
         if left <= 0:

@@ -1,4 +1,4 @@
-"""What every answer carries, errors included: X-Request-ID and Server-Timing; and the last word on a defect of ours."""
+"""What every answer carries, errors included, and what is logged of it; and the last word on a defect of ours."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.problems import problem
+from service.api.record import log_request
 from service.errors import ServiceError
 from service.workers.messages import Timings
 
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class FrameMiddleware:
-    """Pure ASGI. Leaves `request_id` and `started` (perf_counter) in the scope's state; reads `timings` from it."""
+    """Pure ASGI, around everything. Leaves `request_id`, `started` (perf_counter) and `status` in the scope's state."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -32,27 +33,41 @@ class FrameMiddleware:
             return
         state = scope["state"] = {**scope.get("state", {}), "started": time.perf_counter()}
         state["request_id"] = _request_id(Headers(scope=scope).get("x-request-id", ""))
-        begun = False
 
         async def framed(message: Message) -> None:
-            nonlocal begun
             if message["type"] == "http.response.start":
-                begun = True
+                state["status"] = message["status"]
                 headers = MutableHeaders(scope=message)
+                headers["X-Content-Type-Options"] = "nosniff"
                 headers["X-Request-ID"] = state["request_id"]
                 headers["Server-Timing"] = server_timing(state.get("timings"), time.perf_counter() - state["started"])
             await send(message)
 
         try:
             await self.app(scope, receive, framed)
+        finally:
+            log_request(scope)
+
+
+class DefectMiddleware:
+    """Pure ASGI, around the routes. Needs the frame's state."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.app(scope, receive, send)
         except ClientDisconnect:
-            logger.info("The client of request %s left.", state["request_id"])
+            return  # nobody is there to be answered
         except Exception:
-            if begun:  # half an answer cannot be taken back: the server closes the connection
+            state = scope["state"]
+            if "status" in state:  # half an answer cannot be taken back: the server closes the connection
+                state["broken"] = True
                 raise
-            logger.exception("Request %s to %s met a defect.", state["request_id"], scope["path"])
+            logger.exception("Request %s met a defect.", state["request_id"])
             defect = ServiceError("The service met a defect of its own; its log tells more under the request_id.")
-            await problem(scope, defect)(scope, receive, framed)
+            await problem(scope, defect)(scope, receive, send)
 
 
 def server_timing(timings: Timings | None, total: float) -> str:

@@ -47,6 +47,7 @@ def problem(scope: Scope, error: ServiceError) -> Response:
 def _response(
     scope: Scope, status: int, code: str, title: str, detail: str, headers: dict[str, str], **more: Any
 ) -> Response:
+    scope["state"]["code"] = code
     document = {
         "type": f"urn:heatmap-service:problem:{code}",
         "title": title,

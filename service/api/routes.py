@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from fastapi import Depends, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
-from service.api import admin, catalogue, health, inference, keys, metrics, openapi, problems
-from service.api.middleware import FrameMiddleware
+from service.api import admin, catalogue, docs, health, inference, keys, metrics, openapi, problems
+from service.api.middleware import DefectMiddleware, FrameMiddleware
 from service.api.rate import Rate
 from service.dispatch.dispatcher import Dispatcher
 from service.keys import read_keys
 from service.settings import Settings
 
+ALLOWED_HEADERS = ("Authorization", "X-API-Key", "X-Request-ID", "Content-Type")
+EXPOSED_HEADERS = ("X-Class-Id", "X-Class-Name", "X-Confidence", "X-Request-ID", "Server-Timing", "Retry-After")
+
 
 def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
-    """Give the app every endpoint of the API. Middleware added later lies around it.
+    """Give the app every endpoint of the API, and what lies around them all.
 
     Raises SettingsError where the file of keys is no such file.
     """
@@ -21,6 +25,15 @@ def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
     needs = keys.Keys(known)
     problems.install(app)
     openapi.install(app, open_to_all=not known)
+    app.add_middleware(DefectMiddleware)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=ALLOWED_HEADERS,
+            expose_headers=EXPOSED_HEADERS,
+        )
     app.add_middleware(FrameMiddleware)
     measured = metrics.Metrics(dispatcher)
     app.include_router(
@@ -32,3 +45,4 @@ def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
     app.include_router(metrics.create_router(measured), dependencies=[needs.predict], responses=keys.PROBLEMS)
     app.include_router(admin.create_router(dispatcher), dependencies=[needs.admin], responses=keys.PROBLEMS)
     app.include_router(health.create_router(dispatcher))
+    app.include_router(docs.create_router(app.title))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from service import logs
 from service.explain.method import REGISTRY, Method
 from service.models.packages import PackageStore
 from service.models.repository import Entry
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 def main(connection: Connection, device: str, settings: Settings, entries: tuple[Entry, ...], folder: Path) -> None:
     """Serve until told to stop, or until the parent is gone."""
-    logging.basicConfig(level=settings.log_level.upper(), format=f"%(levelname)s:     [{device}] %(message)s")
+    logs.configure(settings.log_level, settings.log_format, device)
     tqdm.set_lock(threading.RLock())  # its own would be a semaphore of the system, lost when the process is killed
     lock = threading.Lock()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from service import logs
 from service.models.compiled import Form, compile_head
 from service.models.packages import PackageStore
 from service.models.repository import Entry
@@ -36,12 +37,14 @@ class CompileJob:
     threads: int
     folder: Path
     store: PackageStore
+    log_level: str
+    log_format: logs.Format
 
 
 def compile_in_background(job: CompileJob) -> None:
     """Compile as the main function of a process. What goes wrong is logged; the store then has no such package."""
     _stand_back(19)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s:     [compile] %(message)s")
+    logs.configure(job.log_level, job.log_format, "compile")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA on every CPU host
     torch.set_num_threads(job.threads)
     with tempfile.TemporaryDirectory(prefix="compile-") as scratch:

@@ -141,7 +141,10 @@ class Compiler:
         threads = self._device.threads  # generated code has their number in it
         made_for = (processor(form.device), threads, torch.__version__)
         key = key_of(model.revision, targets, form.shape, form.dtype, form.max_batch, made_for)
-        return CompileJob(key, entry, model.revision, targets, form, threads, self._folder, self._store)
+        log_level, log_format = self._settings.log_level, self._settings.log_format
+        return CompileJob(
+            key, entry, model.revision, targets, form, threads, self._folder, self._store, log_level, log_format
+        )
 
     def _compile(self, job: CompileJob) -> Path | None:
         if shutil.which(COMPILER) is None and not self._told:

@@ -97,7 +97,7 @@ class StandIn(Dispatcher):
 
 
 def make_app(dispatcher: Dispatcher, settings: Settings | None = None) -> FastAPI:
-    app = FastAPI()
+    app = FastAPI(docs_url=None, redoc_url=None)
     mount(app, dispatcher, settings or Settings())
     return app
 

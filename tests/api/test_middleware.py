@@ -8,8 +8,9 @@ import pytest
 
 from service.api.middleware import server_timing
 from service.workers.messages import Timings
-from tests.api.support import Api
+from tests.api.support import Api, ask
 
+PREFLIGHT = {"Origin": "https://page.test", "Access-Control-Request-Method": "POST"}
 STAGES = ["queue", "decode", "compute", "render", "total"]
 
 
@@ -33,6 +34,26 @@ def test_times_are_in_milliseconds() -> None:
         server_timing(timings, 1.5)
         == "queue;dur=1.500, decode;dur=2.000, compute;dur=1000.000, render;dur=0.000, total;dur=1500.000"
     )
+
+
+def test_no_answer_is_taken_for_what_it_does_not_say_it_is() -> None:
+    api = Api(cors_origins="https://page.test")
+    answers = [api.raw(), api.raw(accept="image/png"), api.raw("top_k=x"), api.get("/nowhere"), api.get("/docs")]
+    api.dispatcher.failure = RuntimeError("a defect")
+    answers += [api.raw(), ask(api.app, "OPTIONS", "/models", headers=PREFLIGHT)]
+    assert [answer.status_code for answer in answers] == [200, 200, 422, 404, 200, 500, 200]
+    for answer in answers:
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["x-request-id"]
+
+
+def test_a_page_of_a_listed_origin_may_read_a_defect_too() -> None:
+    for origins, expected in (("https://page.test", "https://page.test"), ("https://other.test", None), ("", None)):
+        api = Api(cors_origins=origins)
+        api.dispatcher.failure = RuntimeError("a defect")
+        response = api.raw(origin="https://page.test")
+        assert response.status_code == 500
+        assert response.headers.get("access-control-allow-origin") == expected
 
 
 def test_every_answer_tells_its_times() -> None:

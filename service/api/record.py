@@ -1,0 +1,58 @@
+"""The one line that is logged of each request: what was asked, how it ended, how long it took. No picture, no key."""
+
+from __future__ import annotations
+
+import logging
+import time
+from urllib.parse import quote
+
+from starlette.types import Scope
+
+from service.errors import MAX_ECHO, DeadlineExceeded, OutOfDeviceMemory, ServiceError, WorkerLost
+from service.workers.messages import Timings
+
+QUIET = ("/livez", "/readyz", "/metrics")
+"""What is asked every few seconds, and logged at debug."""
+FAILURES = {kind.code for kind in (ServiceError, WorkerLost, OutOfDeviceMemory)}
+MAX_PATH = 200
+
+logger = logging.getLogger(__name__)
+
+
+def log_request(scope: Scope) -> None:
+    """Log a request that is over. The scope's state has what the room learned of it."""
+    level = logging.DEBUG if scope["path"] in QUIET else logging.INFO
+    if logger.isEnabledFor(level):
+        logger.log(level, "request", extra={"fields": _fields(scope)})
+
+
+def outcome(status: int | None, code: str | None) -> str:
+    """How a request ended; no status: nobody was there to be answered. `failed` is what the service is to blame for."""
+    if status is None:
+        return "cancelled"
+    if status < 400:
+        return "answered"
+    if code == DeadlineExceeded.code:
+        return "timed_out"
+    return "failed" if code in FAILURES else "refused"
+
+
+def _fields(scope: Scope) -> dict[str, object]:
+    state = scope["state"]
+    status, code = state.get("status"), state.get("code")
+    timings: Timings | None = state.get("timings")
+    seconds = {**(vars(timings) if timings else {}), "total": time.perf_counter() - state["started"]}
+    model = scope.get("path_params", {}).get("id")
+    return {
+        "request_id": state["request_id"],
+        "method": scope["method"][:MAX_ECHO],
+        "path": quote(scope["path"], errors="replace")[:MAX_PATH],
+        "model": model and model[:MAX_ECHO],
+        "methods": [name[:MAX_ECHO] for name in state.get("methods", ())] or None,
+        "pictures": state.get("pictures"),
+        "status": status,
+        "code": code,
+        "key": state.get("key_name"),
+        **{f"{stage}_ms": round(value * 1000, 3) for stage, value in seconds.items()},
+        "outcome": "failed" if state.get("broken") else outcome(status, code),
+    }
