@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fastapi import APIRouter, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.types import Scope
 
+from service.api.record import outcome
 from service.dispatch.dispatcher import Dispatcher
 from service.workers.messages import Timings
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 600)
-OUTCOMES = {
+ENDS = {
     "accepted": "Requests that were accepted",
     "answered": "Accepted requests that were answered",
     "failed": "Accepted requests that ended with an error other than those below",
@@ -29,6 +38,12 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._registry.register(_Dispatched(dispatcher))
         ProcessCollector(registry=self._registry)
+        self._responses = Counter(
+            "heatmap_http_requests",
+            "Requests of any path, by status, problem code and outcome",
+            ("status", "code", "outcome"),
+            registry=self._registry,
+        )
         self._stages = Histogram(
             "heatmap_stage_seconds",
             "Seconds that answered requests spent in each stage",
@@ -36,6 +51,11 @@ class Metrics:
             buckets=SECONDS,
             registry=self._registry,
         )
+
+    def ended(self, scope: Scope) -> None:
+        """Count a request that is over."""
+        state = scope["state"]
+        self._responses.labels(str(state.get("status", "")), state.get("code") or "", outcome(state)).inc()
 
     def answered(self, model_id: str, timings: Timings) -> None:
         """Note how long a request's stages took."""
@@ -52,8 +72,8 @@ class _Dispatched(Collector):
         self._dispatcher = dispatcher
 
     def collect(self) -> Iterator[Metric]:
-        for outcome, count in vars(self._dispatcher.counts).items():
-            yield CounterMetricFamily(f"heatmap_requests_{outcome}", OUTCOMES[outcome], value=count)
+        for end, count in vars(self._dispatcher.counts).items():
+            yield CounterMetricFamily(f"heatmap_requests_{end}", ENDS[end], value=count)
         for unit, held in self._dispatcher.held().items():
             yield GaugeMetricFamily(f"heatmap_queue_{unit}", f"Accepted and unanswered {unit}", value=held)
         state = self._dispatcher.workers()

@@ -6,6 +6,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -24,8 +25,10 @@ logger = logging.getLogger(__name__)
 class FrameMiddleware:
     """Pure ASGI, around everything. Leaves `request_id`, `started` (perf_counter) and `status` in the scope's state."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, count: Callable[[Scope], None]) -> None:
+        """`count` is told of each request that is over."""
         self.app = app
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -47,6 +50,7 @@ class FrameMiddleware:
             await self.app(scope, receive, framed)
         finally:
             log_request(scope)
+            self._count(scope)
 
 
 class DefectMiddleware:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import quote
 
 from starlette.types import Scope
@@ -26,10 +28,13 @@ def log_request(scope: Scope) -> None:
         logger.log(level, "request", extra={"fields": _fields(scope)})
 
 
-def outcome(status: int | None, code: str | None) -> str:
-    """How a request ended; no status: nobody was there to be answered. `failed` is what the service is to blame for."""
+def outcome(state: Mapping[str, Any]) -> str:
+    """How a request ended, by the scope's state. `failed` is what the service is to blame for."""
+    status, code = state.get("status"), state.get("code")
+    if state.get("broken"):
+        return "failed"
     if status is None:
-        return "cancelled"
+        return "cancelled"  # nobody was there to be answered
     if status < 400:
         return "answered"
     if code == DeadlineExceeded.code:
@@ -54,5 +59,5 @@ def _fields(scope: Scope) -> dict[str, object]:
         "code": code,
         "key": state.get("key_name"),
         **{f"{stage}_ms": round(value * 1000, 3) for stage, value in seconds.items()},
-        "outcome": "failed" if state.get("broken") else outcome(status, code),
+        "outcome": outcome(state),
     }

@@ -34,8 +34,8 @@ def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
             allow_headers=ALLOWED_HEADERS,
             expose_headers=EXPOSED_HEADERS,
         )
-    app.add_middleware(FrameMiddleware)
     measured = metrics.Metrics(dispatcher)
+    app.add_middleware(FrameMiddleware, count=measured.ended)
     app.include_router(
         inference.create_router(dispatcher, settings, measured),
         dependencies=[needs.predict, Depends(Rate(settings.max_rate).check)],

@@ -79,8 +79,10 @@ class StandIn(Dispatcher):
 
     def __init__(self, *models: ModelInfo, methods: tuple[MethodInfo, ...] = (METHOD,), serves: bool = True) -> None:
         known = {info.id: info for info in models or (READY,)}
-        worker = SimpleNamespace(serves=serves, has=lambda model_id: known.get(model_id, LOADING).state == "ready")
-        pool = SimpleNamespace(models=known, methods=methods, workers=[worker])
+        worker = SimpleNamespace(
+            device="cpu", pictures=0, serves=serves, has=lambda model_id: known.get(model_id, LOADING).state == "ready"
+        )
+        pool = SimpleNamespace(models=known, methods=methods, workers=[worker], replaced=0)
         super().__init__(Settings(), cast(Pool, pool))
         self.asked: list[ExplainRequest] = []
         self.sizes: list[int] = []
