@@ -39,8 +39,11 @@ class Server:
 
     def workers(self) -> list[psutil.Process]:
         """The worker processes, without multiprocessing's resource tracker and the one that they are forked from."""
-        forkservers = [child for child in psutil.Process(self.process.pid).children() if is_worker(child)]
-        return [child for forkserver in forkservers for child in forkserver.children() if is_worker(child)]
+        return [child for template in self.templates() for child in template.children() if is_worker(child)]
+
+    def templates(self) -> list[psutil.Process]:
+        """The process that has imported everything, from which workers are forked."""
+        return [child for child in psutil.Process(self.process.pid).children() if is_worker(child)]
 
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)

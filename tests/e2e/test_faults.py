@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from tests.conftest import write_tiny
-from tests.server import Server, running, wait_until
+from tests.server import Server, is_worker, running, wait_until
 
 RECOVERY_S = 30.0  # the target is 10 s; the machines that run tests are shared
 
@@ -103,6 +104,33 @@ def test_a_worker_that_dies_twice_under_a_request_costs_it_a_typed_503(victim: S
     assert response.status_code == 503
     assert response.json()["code"] == "worker_lost"
     assert int(response.headers["Retry-After"]) >= 1
+
+
+def test_the_process_that_workers_are_forked_from_may_die_too(victim: Server, chelsea: bytes) -> None:
+    victim.wait_ready()
+    with ThreadPoolExecutor(1) as pool:
+        answer = in_flight(victim, chelsea, pool)
+        for process in (*victim.templates(), *victim.workers()):
+            process.kill()
+        assert answer.result().status_code == 200
+    victim.wait_ready()
+    (template,) = victim.templates()
+    template.kill()  # alone: its worker, an orphan now, serves on
+    with victim.client() as client:
+        for _ in range(3):
+            assert client.post("/models/efficientnet_lite0/heatmap", files={"image": chelsea}).status_code == 200
+    orphans = [process for process in psutil.process_iter() if is_worker(process) and serves(process, victim)]
+    assert len(orphans) == 1
+    orphans[0].kill()
+    with victim.client() as client:
+        wait_until(lambda: client.get("/readyz").status_code == 503, 10, victim)
+    victim.wait_ready()
+
+
+def serves(process: psutil.Process, server: Server) -> bool:
+    """Whether this is a worker of that server, found by its temporary folder, whoever its parent is."""
+    folder = process.environ().get("TMPDIR", tempfile.gettempdir())
+    return any(str(process.pid) == path.name for path in Path(folder).glob("heatmap-service-*/*"))
 
 
 def test_without_a_worker_new_requests_get_a_typed_503_and_probes_answer(victim: Server, chelsea: bytes) -> None:
