@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from service import __version__
-from service.api import mount
+from service.api import bounded_connection, mount
 from service.dispatch.dispatcher import Dispatcher
 from service.models.repository import scan
 from service.settings import Settings
@@ -67,6 +67,8 @@ class Server(uvicorn.Server):
             app,
             host=settings.host,
             port=settings.port,
+            http=bounded_connection(settings),
+            ws="none",
             log_level=settings.log_level,
             timeout_graceful_shutdown=max(CLOSE_S, math.ceil(settings.grace_s)),
         )

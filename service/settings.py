@@ -58,8 +58,10 @@ class Settings(BaseModel):
     max_queue: int = Field(256, ge=1, description="requests that may be accepted and unanswered")
     max_queue_pictures: int = Field(1024, ge=1, description="pictures of all accepted, unanswered requests")
     max_queue_bytes: int = Field(512 * MIB, ge=1, description="bytes of all accepted, unanswered requests")
+    max_header_bytes: int = Field(64 * 1024, ge=1024, description="bytes of one request's line and headers")
     max_body_bytes: int = Field(32 * MIB, ge=1, description="bytes of one request's body")
     max_pictures: int = Field(64, ge=1, description="pictures of one request")
+    max_parts: int = Field(128, ge=1, description="parts of one form: pictures and fields")
     max_pixels: int = Field(50_000_000, ge=1, description="pixels of one picture, read from its header")
     max_request_pixels: int = Field(
         200_000_000, ge=1, description="pixels of all pictures of one request; they are in memory together"
@@ -70,7 +72,9 @@ class Settings(BaseModel):
         description="pixels of all heatmaps of one request; each counts at least as the network's input",
     )
     timeout_s: float = Field(30.0, gt=0, le=3600, description="deadline of a request that names none, in seconds")
-    body_timeout_s: float = Field(30.0, gt=0, description="seconds within which a body must have arrived")
+    body_timeout_s: float = Field(
+        30.0, gt=0, description="seconds within which the headers, and then the body, must have arrived"
+    )
     grace_s: float = Field(30.0, ge=0, description="seconds that accepted requests get after SIGTERM")
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = Field(
         (), description="origins, separated by commas, whose pages may call the service"

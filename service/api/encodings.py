@@ -72,7 +72,9 @@ def _has_body(request: Request) -> bool:
 
 async def _multipart(request: Request, body: Body, settings: Settings) -> Content:
     async with aclosing(body.chunks()) as chunks:
-        texts, files = await read_form(request.headers["content-type"], chunks, settings.max_pictures)
+        texts, files = await read_form(
+            request.headers["content-type"], chunks, settings.max_pictures, settings.max_parts
+        )
     return from_text(texts), [*files]
 
 

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.connection import headers_too_large
 from service.api.problems import problem
 from service.errors import ServiceError
 from service.workers.messages import Timings
@@ -23,8 +24,9 @@ logger = logging.getLogger(__name__)
 class FrameMiddleware:
     """Pure ASGI. Leaves `request_id` and `started` (perf_counter) in the scope's state; reads `timings` from it."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, max_header_bytes: int) -> None:
         self.app = app
+        self.max_header_bytes = max_header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,8 +45,11 @@ class FrameMiddleware:
                 headers["Server-Timing"] = server_timing(state.get("timings"), time.perf_counter() - state["started"])
             await send(message)
 
+        fits = _head_bytes(scope) <= self.max_header_bytes
         try:
-            await self.app(scope, receive, framed)
+            await (self.app if fits else problem(scope, headers_too_large(self.max_header_bytes)))(
+                scope, receive, framed
+            )
         except ClientDisconnect:
             logger.info("The client of request %s left.", state["request_id"])
         except Exception:
@@ -59,6 +64,11 @@ def server_timing(timings: Timings | None, total: float) -> str:
     """The header's value: the stages that did work, then the total, in milliseconds."""
     stages = {**(vars(timings) if timings else {}), "total": total}
     return ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages.items())
+
+
+def _head_bytes(scope: Scope) -> int:
+    headers = sum(len(name) + len(value) + len(b": \r\n") for name, value in scope["headers"])
+    return headers + len(scope["raw_path"]) + len(scope["query_string"])
 
 
 def _request_id(given: str) -> str:
