@@ -24,8 +24,14 @@ class BoundedConnection(HttpToolsProtocol):
 
     settings: Settings
 
-    def __init__(self, config: Config, server_state: ServerState, app_state: dict[str, Any]) -> None:
-        super().__init__(config, server_state, app_state)
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
         self._head_bytes = 0
         self._in_head = True
         self._head_timer: asyncio.TimerHandle | None = None
@@ -87,9 +93,10 @@ class BoundedConnection(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _refuse(self, error: ServiceError) -> None:
-        """Answer what never became a request, unless amid another answer, and close the connection."""
+        """Answer what never became a request, and close the connection; where an answer is under way, after that."""
         if self._answering():
-            self.transport.close()
+            self.cycle.keep_alive = False
+            self.flow.pause_reading()
             return
         request_id = uuid.uuid4().hex
         response: Response = problem({"path": "/", "state": {"request_id": request_id}}, error)

@@ -91,6 +91,8 @@ def _single(name: str, texts: list[str]) -> str:
 
 def _number(name: str, texts: list[str]) -> object:
     text = _single(name, texts)
+    if not text.isascii() or "_" in text:  # Python reads more digits than JSON has
+        return text
     for convert in (int, float):
         try:
             return convert(text)
