@@ -12,7 +12,7 @@ from service.api.negotiation import SINGLE
 from service.api.problems import MEDIA_TYPE
 from service.api.responses import Problem
 from service.api.schemas import HeatmapFields, InferFields
-from service.errors import ServiceError
+from service.errors import HeadersTooLarge, ServiceError
 
 Schema = dict[str, Any]
 
@@ -46,6 +46,7 @@ def install(app: FastAPI) -> None:
     def openapi() -> Schema:
         document = generate()
         _drop_fastapis_422(document)
+        _tell_of_every_operation(document, HeadersTooLarge)
         schemas = document["components"]["schemas"]
         schemas |= {name: _with_images(kind, name) for kind, name in REQUESTS.items()}
         schemas |= models_json_schema([(Problem, "serialization")], ref_template=REF)[1]["$defs"]
@@ -109,6 +110,13 @@ def _drop_fastapis_422(document: Schema) -> None:
                 del operation["responses"]["422"]
     for name in ("HTTPValidationError", "ValidationError"):
         document["components"]["schemas"].pop(name, None)
+
+
+def _tell_of_every_operation(document: Schema, kind: type[ServiceError]) -> None:
+    """Add an error that comes before any route is asked."""
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation["responses"] |= {str(status): response for status, response in problems(kind).items()}
 
 
 def _ref(name: str) -> Schema:

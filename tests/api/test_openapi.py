@@ -74,7 +74,22 @@ def test_errors_are_problems(document: Any) -> None:
             if status >= "400" and "readyz" not in name:
                 assert list(response["content"]) == ["application/problem+json"], name
     statuses = document["paths"]["/models/{id}/heatmap"]["post"]["responses"]
-    assert set(statuses) == {"200", "400", "404", "406", "408", "413", "415", "422", "429", "500", "503", "504", "507"}
+    assert set(statuses) == {
+        "200",
+        "400",
+        "404",
+        "406",
+        "408",
+        "413",
+        "415",
+        "422",
+        "429",
+        "431",
+        "500",
+        "503",
+        "504",
+        "507",
+    }
 
 
 @pytest.mark.parametrize(("endpoint", "kind"), [("heatmap", HeatmapFields), ("infer", InferFields)])
