@@ -7,11 +7,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Generic
 
-from pydantic_core import from_json
 from starlette.requests import Request
 
 from service.api.body import Body, arriving_within
-from service.api.fields import Fields, from_text, merge, validate, wrong
+from service.api.fields import Fields, from_text, merge, read_json, validate, wrong
 from service.api.multipart import read_form, too_many_pictures
 from service.errors import FieldError, InvalidRequest, MalformedBody, UndecodablePicture, UnsupportedMediaType
 from service.settings import Settings
@@ -83,7 +82,7 @@ async def _json(_request: Request, body: Body, settings: Settings) -> Content:
     if text.count(b",") > MAX_JSON_VALUES:  # base64 has no commas; many small values would hold the event loop
         raise InvalidRequest(f"The body has more than {MAX_JSON_VALUES} JSON values.")
     try:
-        values = from_json(text, allow_inf_nan=False)
+        values = read_json(text)
     except ValueError as error:
         raise MalformedBody(f"The body is no JSON: {error}.") from None
     if not isinstance(values, dict):
