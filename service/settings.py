@@ -57,7 +57,9 @@ class Settings(BaseModel):
     )
     max_queue: int = Field(256, ge=1, description="requests that may be accepted and unanswered")
     max_queue_pictures: int = Field(1024, ge=1, description="pictures of all accepted, unanswered requests")
-    max_queue_bytes: int = Field(512 * MIB, ge=1, description="bytes of all accepted, unanswered requests")
+    max_queue_bytes: int = Field(
+        512 * MIB, ge=1, description="bytes of all accepted, unanswered requests; and of all bodies that arrive"
+    )
     max_header_bytes: int = Field(64 * 1024, ge=1024, description="bytes of one request's line and headers")
     max_body_bytes: int = Field(32 * MIB, ge=1, description="bytes of one request's body")
     max_pictures: int = Field(64, ge=1, description="pictures of one request")

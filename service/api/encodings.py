@@ -9,7 +9,7 @@ from typing import Generic
 
 from starlette.requests import Request
 
-from service.api.body import Body, arriving_within
+from service.api.body import Arrivals, Body, arriving_within
 from service.api.fields import Fields, from_text, merge, read_json, validate, wrong
 from service.api.multipart import read_form, too_many_pictures
 from service.errors import FieldError, InvalidRequest, MalformedBody, UndecodablePicture, UnsupportedMediaType
@@ -33,16 +33,19 @@ class Payload(Generic[Fields]):
     size_bytes: int
 
 
-async def read_payload(request: Request, kind: type[Fields], settings: Settings) -> Payload[Fields]:
+async def read_payload(request: Request, kind: type[Fields], settings: Settings, arrivals: Arrivals) -> Payload[Fields]:
     """Read and check a request's fields and pictures in whichever encoding they come.
 
-    Raises the ServiceErrors of 400, 408, 413, 415 and 422, and ClientDisconnect when the client leaves.
+    Raises the ServiceErrors of 400, 408, 413, 415, 422 and 429, and ClientDisconnect when the client leaves.
     """
     reader, beside = _reader(request)
     query = from_text(request.query_params.multi_items())
-    body = Body(request, settings.max_body_bytes)
-    async with arriving_within(settings.body_timeout_s):
-        values, pictures = await reader(request, body, settings)
+    body = Body(request, settings.max_body_bytes, arrivals)
+    try:
+        async with arriving_within(settings.body_timeout_s):
+            values, pictures = await reader(request, body, settings)
+    finally:
+        body.forget()
     fields = validate(kind, merge(query, values), beside)
     _check_pictures(pictures, settings.max_pictures)
     return Payload(fields, tuple(pictures), body.size)

@@ -9,6 +9,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -21,12 +22,13 @@ from tests.conftest import write_tiny
 from tests.e2e.support import file_of, post, resized, text_of
 from tests.server import Server, running, wait_until
 
-MAX_BODY, MAX_HEADERS, MAX_PARTS = 1_000_000, 16_384, 100
+MAX_BODY, MAX_HEADERS, MAX_PARTS, MAX_ARRIVING = 1_000_000, 16_384, 100, 2_500_000
 TIMEOUT_S = 1.0
 OPTIONS = {
     "--max-body-bytes": MAX_BODY,
     "--max-header-bytes": MAX_HEADERS,
     "--max-parts": MAX_PARTS,
+    "--max-queue-bytes": MAX_ARRIVING,
     "--body-timeout-s": TIMEOUT_S,
 }
 HEATMAP = "/models/tiny/heatmap"
@@ -276,7 +278,9 @@ def test_a_connection_without_a_request_is_closed(guarded: Server, first: bytes,
     with connect(guarded) as connection:
         if first:
             connection.sendall(first)
-            assert replies(connection.recv(65536))[0].status == 200
+            received = b""
+            while b"alive" not in received:
+                received += connection.recv(65536)
         if byte:
             assert b"200" not in dripping(connection, byte)
         else:
@@ -339,6 +343,20 @@ def test_a_client_that_only_stops_sending_is_not_waited_for(guarded: Server) -> 
         connection.sendall(head("Content-Type: image/png", "Content-Length: 1000") + b"A" * 10)
         connection.shutdown(socket.SHUT_WR)
         assert until_closed(connection) == b""
+
+
+def test_bodies_that_never_end_take_bounded_memory_together(guarded: Server) -> None:
+    """Each is within the limit; the last one finds no room, until the others are given up."""
+    unfinished = head("Content-Type: image/png", f"Content-Length: {MAX_BODY}") + bytes(MAX_BODY - 1)
+    with ThreadPoolExecutor(3) as pool:
+        answers = [reply for (reply,) in pool.map(lambda _: ask(guarded, unfinished), range(3))]
+    *late, refused = sorted(answers, key=lambda reply: reply.status)
+    assert [reply.status for reply in late] == [408, 408]
+    assert (refused.status, refused.problem["code"]) == (429, "queue_full")
+    assert str(MAX_ARRIVING) in refused.problem["detail"]
+    assert refused.headers["retry-after"] == "1"
+    (answered,) = ask(guarded, unfinished + b"A")
+    assert answered.problem["code"] == "undecodable_picture"
 
 
 # Numbers, keys and names
