@@ -67,6 +67,11 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_message_complete()
         self._head_bytes, self._in_head = 0, True
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.more_body:  # that nobody reads; a client that still sends it must see the answer
+            self._start_head_timer()
+
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002
         self._refuse(MalformedRequest("The bytes on the connection are no HTTP/1.1 request."))
 
@@ -84,7 +89,7 @@ class BoundedConnection(HttpToolsProtocol):
         seconds = self.settings.body_timeout_s
         if self._answering():  # the client may well wait
             self._start_head_timer()
-        elif self._head_bytes:
+        elif self._in_head and self._head_bytes:
             self._refuse(HeadersTimeout(f"The headers did not arrive within {seconds:g} seconds."))
         else:
             self.transport.close()
@@ -93,8 +98,8 @@ class BoundedConnection(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _refuse(self, error: ServiceError) -> None:
-        """Answer what never became a request, and close the connection; where an answer is under way, after that."""
-        if self._answering():
+        """Answer what never became a whole request, and close; where one before it is being answered, after that."""
+        if self._answering() and not self.cycle.more_body:
             self.cycle.keep_alive = False
             self.flow.pause_reading()
             return

@@ -156,6 +156,11 @@ HOSTILE: dict[str, tuple[list[bytes], int, str]] = {
         400,
         "malformed_request",
     ),
+    "a chunk without a size": (
+        [head("Content-Type: image/png", "Transfer-Encoding: chunked") + b"4\r\nAAAA\r\n", b"xyz\r\n"],
+        400,
+        "malformed_request",
+    ),
     "a declared length over the limit": (
         [head("Content-Type: image/png", f"Content-Length: {MAX_BODY + 1}")],
         413,
@@ -285,6 +290,15 @@ def test_a_connection_without_a_request_is_closed(guarded: Server, first: bytes,
             assert b"200" not in dripping(connection, byte)
         else:
             assert until_closed(connection) == b""
+
+
+def test_a_body_that_nobody_asked_for_is_not_awaited(guarded: Server) -> None:
+    with connect(guarded) as connection:
+        connection.sendall(head("Content-Length: 1000", verb="GET", url="/livez", close=False))
+        received = b""
+        while b"alive" not in received:
+            received += connection.recv(65536)
+        assert dripping(connection, b"a") == b""
 
 
 def test_the_time_for_headers_is_not_that_for_answers(guarded: Server, photograph: bytes) -> None:
