@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service import __version__
-from service.api import mount
+from service.api import bounded_connection, mount
 from service.dispatch.dispatcher import Dispatcher
 from service.models.repository import scan
 from service.settings import Settings
@@ -59,6 +59,8 @@ class Server(uvicorn.Server):
             app,
             host=settings.host,
             port=settings.port,
+            http=bounded_connection(settings),
+            ws="none",
             log_level=settings.log_level,
             log_config=None,
             access_log=False,  # the API logs its requests itself

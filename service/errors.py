@@ -44,6 +44,10 @@ def _rebuild(
     return kind(detail, errors=errors, retry_after=retry_after)
 
 
+class MalformedRequest(ServiceError):
+    status, code, title = 400, "malformed_request", "The request is no HTTP"
+
+
 class MalformedBody(ServiceError):
     status, code, title = 400, "malformed_body", "The body cannot be read"
 
@@ -132,6 +136,14 @@ class PictureQuarantined(InvalidRequest):
 
 class ModelTypeNotSupported(InvalidRequest):
     code, title = "model_type_not_supported", "The model is no classifier"
+
+
+class HeadersTooLarge(ServiceError):
+    status, code, title = 431, "headers_too_large", "The headers are over the limit"
+
+
+class HeadersTimeout(ServiceError):
+    status, code, title = 408, "headers_timeout", "The headers came too slowly"
 
 
 class QueueFull(ServiceError):

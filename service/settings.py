@@ -59,9 +59,13 @@ class Settings(BaseModel):
     )
     max_queue: int = Field(256, ge=1, description="requests that may be accepted and unanswered")
     max_queue_pictures: int = Field(1024, ge=1, description="pictures of all accepted, unanswered requests")
-    max_queue_bytes: int = Field(512 * MIB, ge=1, description="bytes of all accepted, unanswered requests")
+    max_queue_bytes: int = Field(
+        512 * MIB, ge=1, description="bytes of all accepted, unanswered requests; and of all bodies that arrive"
+    )
+    max_header_bytes: int = Field(64 * 1024, ge=1024, description="bytes of one request's line and headers")
     max_body_bytes: int = Field(32 * MIB, ge=1, description="bytes of one request's body")
     max_pictures: int = Field(64, ge=1, description="pictures of one request")
+    max_parts: int = Field(128, ge=1, description="parts of one form: pictures and fields")
     max_pixels: int = Field(50_000_000, ge=1, description="pixels of one picture, read from its header")
     max_request_pixels: int = Field(
         200_000_000, ge=1, description="pixels of all pictures of one request; they are in memory together"
@@ -78,7 +82,9 @@ class Settings(BaseModel):
         description="requests for work per second and key, or address where there is no key; 0 sets no limit",
     )
     timeout_s: float = Field(30.0, gt=0, le=3600, description="deadline of a request that names none, in seconds")
-    body_timeout_s: float = Field(30.0, gt=0, description="seconds within which a body must have arrived")
+    body_timeout_s: float = Field(
+        30.0, gt=0, description="seconds within which the headers, and then the body, must have arrived"
+    )
     grace_s: float = Field(30.0, ge=0, description="seconds that accepted requests get after SIGTERM")
     hang_s: float = Field(
         60.0, ge=2, description="seconds without progress after which a worker is killed and replaced"

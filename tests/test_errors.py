@@ -12,13 +12,13 @@ from service.errors import FieldError, ServiceError, nearest
 
 # The contract's section "Errors", and the code of each row's cases.
 TABLE = {
-    400: {"malformed_body"},
+    400: {"malformed_body", "malformed_request"},
     401: {"key_missing", "key_wrong"},
     403: {"key_lacks_right"},
     404: {"model_not_found", "path_not_found"},
     405: {"method_not_allowed"},
     406: {"not_acceptable"},
-    408: {"body_timeout"},
+    408: {"body_timeout", "headers_timeout"},
     413: {"body_too_large", "too_many_pictures", "too_many_pixels"},
     415: {"unsupported_media_type"},
     422: {
@@ -33,6 +33,7 @@ TABLE = {
         "picture_quarantined",
     },
     429: {"queue_full", "rate_limited"},
+    431: {"headers_too_large"},
     500: {"internal_error"},
     503: {"unavailable", "model_loading", "model_failed", "model_unloaded", "no_worker", "worker_lost", "draining"},
     504: {"deadline_exceeded", "deadline_too_short"},

@@ -8,15 +8,33 @@ from contextlib import aclosing, asynccontextmanager
 
 from starlette.requests import Request
 
-from service.errors import BodyTimeout, BodyTooLarge
+from service.errors import BodyTimeout, BodyTooLarge, QueueFull
+
+ARRIVING_RETRY_S = 1.0
+
+
+class Arrivals:
+    """The bytes of all bodies that are being read; those of accepted requests are the queue's to count."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.size = 0
+
+    def add(self, size: int) -> None:
+        """Raises QueueFull where there is no room for so many more."""
+        self.size += size
+        if self.size > self._limit:
+            detail = f"The bodies that are arriving now have more than {self._limit} bytes together."
+            raise QueueFull(detail, retry_after=ARRIVING_RETRY_S)
 
 
 class Body:
     """The body of one request; `size` counts the bytes that came. Reading more than `limit` raises BodyTooLarge."""
 
-    def __init__(self, request: Request, limit: int) -> None:
+    def __init__(self, request: Request, limit: int, arrivals: Arrivals) -> None:
         self._request = request
         self._limit = limit
+        self._arrivals = arrivals
         self.size = 0
         declared = request.headers.get("content-length", "")
         if declared.isascii() and declared.isdigit():
@@ -27,8 +45,13 @@ class Body:
         async with aclosing(self._request.stream()) as stream:
             async for chunk in stream:
                 self.size += len(chunk)
+                self._arrivals.add(len(chunk))
                 self._check(self.size)
                 yield chunk
+
+    def forget(self) -> None:
+        """The body arrives no more: it is accepted or given up."""
+        self._arrivals.size -= self.size
 
     async def read(self) -> bytes:
         """The whole body."""

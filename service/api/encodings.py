@@ -7,11 +7,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Generic
 
-from pydantic_core import from_json
 from starlette.requests import Request
 
-from service.api.body import Body, arriving_within
-from service.api.fields import Fields, from_text, merge, validate, wrong
+from service.api.body import Arrivals, Body, arriving_within
+from service.api.fields import Fields, from_text, merge, read_json, validate, wrong
 from service.api.multipart import read_form, too_many_pictures
 from service.errors import FieldError, InvalidRequest, MalformedBody, UndecodablePicture, UnsupportedMediaType
 from service.settings import Settings
@@ -34,16 +33,19 @@ class Payload(Generic[Fields]):
     size_bytes: int
 
 
-async def read_payload(request: Request, kind: type[Fields], settings: Settings) -> Payload[Fields]:
+async def read_payload(request: Request, kind: type[Fields], settings: Settings, arrivals: Arrivals) -> Payload[Fields]:
     """Read and check a request's fields and pictures in whichever encoding they come.
 
-    Raises the ServiceErrors of 400, 408, 413, 415 and 422, and ClientDisconnect when the client leaves.
+    Raises the ServiceErrors of 400, 408, 413, 415, 422 and 429, and ClientDisconnect when the client leaves.
     """
     reader, beside = _reader(request)
     query = from_text(request.query_params.multi_items())
-    body = Body(request, settings.max_body_bytes)
-    async with arriving_within(settings.body_timeout_s):
-        values, pictures = await reader(request, body, settings)
+    body = Body(request, settings.max_body_bytes, arrivals)
+    try:
+        async with arriving_within(settings.body_timeout_s):
+            values, pictures = await reader(request, body, settings)
+    finally:
+        body.forget()
     fields = validate(kind, merge(query, values), beside)
     _check_pictures(pictures, settings.max_pictures)
     return Payload(fields, tuple(pictures), body.size)
@@ -72,7 +74,9 @@ def _has_body(request: Request) -> bool:
 
 async def _multipart(request: Request, body: Body, settings: Settings) -> Content:
     async with aclosing(body.chunks()) as chunks:
-        texts, files = await read_form(request.headers["content-type"], chunks, settings.max_pictures)
+        texts, files = await read_form(
+            request.headers["content-type"], chunks, settings.max_pictures, settings.max_parts
+        )
     return from_text(texts), [*files]
 
 
@@ -81,7 +85,7 @@ async def _json(_request: Request, body: Body, settings: Settings) -> Content:
     if text.count(b",") > MAX_JSON_VALUES:  # base64 has no commas; many small values would hold the event loop
         raise InvalidRequest(f"The body has more than {MAX_JSON_VALUES} JSON values.")
     try:
-        values = from_json(text, allow_inf_nan=False)
+        values = read_json(text)
     except ValueError as error:
         raise MalformedBody(f"The body is no JSON: {error}.") from None
     if not isinstance(values, dict):

@@ -14,6 +14,7 @@ from service.errors import MAX_ECHO, FieldError, InvalidRequest, nearest
 
 MAX_ERRORS = 10
 MAX_DIGITS = 15
+MAX_DEPTH = 200  # pydantic's JSON reader goes no deeper
 
 Fields = TypeVar("Fields", bound=InferFields)
 
@@ -91,6 +92,8 @@ def _single(name: str, texts: list[str]) -> str:
 
 def _number(name: str, texts: list[str]) -> object:
     text = _single(name, texts)
+    if not text.isascii() or "_" in text:  # Python reads more digits than JSON has
+        return text
     for convert in (int, float):
         try:
             return convert(text)
@@ -118,9 +121,17 @@ def _class_of(text: str) -> int | str:
     return int(text) if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS else text
 
 
-def _json(name: str, text: str, hint: str) -> Any:
+def read_json(text: str | bytes) -> Any:
+    """The value that a JSON text has. Raises ValueError, which says where it breaks off, or how deep it may be."""
     try:
         return from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise ValueError(str(error).replace("recursion limit", f"nesting limit of {MAX_DEPTH} levels")) from None
+
+
+def _json(name: str, text: str, hint: str) -> Any:
+    try:
+        return read_json(text)
     except ValueError as error:
         raise wrong(f"/{name}", f"The text is no JSON ({error}); it must be {hint}.") from None
 

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Path, Request, Response
 
 from service.api import openapi
 from service.api.answers import json_answer, single_answer
+from service.api.body import Arrivals
 from service.api.disconnect import unless_gone
 from service.api.encodings import read_payload
 from service.api.metrics import Metrics
@@ -85,6 +86,7 @@ HEATMAP_PROBLEMS = (*INFER_PROBLEMS, UnknownMethod, UnknownLayer, UnknownClass, 
 def create_router(dispatcher: Dispatcher, settings: Settings, metrics: Metrics) -> APIRouter:
     """`POST /models/{id}/heatmap` and `POST /models/{id}/infer`."""
     router = APIRouter(tags=["inference"])
+    arrivals = Arrivals(settings.max_queue_bytes)
 
     async def explain(request: Request, work: ExplainRequest, size_bytes: int, timeout_s: float | None) -> Answer:
         request.state.methods, request.state.pictures = work.methods, len(work.pictures)
@@ -113,7 +115,7 @@ def create_router(dispatcher: Dispatcher, settings: Settings, metrics: Metrics) 
     async def create_heatmaps(model_id: ModelId, request: Request) -> Response:
         """Class confidences and, per picture, method and target class, one heatmap of what the class was seen in."""
         dispatcher.check_open(model_id)
-        payload = await read_payload(request, HeatmapFields, settings)
+        payload = await read_payload(request, HeatmapFields, settings, arrivals)
         targets = targets_of(payload)
         choice = choose(_accept(request), payload.fields, count_heatmaps(payload.fields, targets))
         work = heatmap_request(model_id, payload, targets, choice)
@@ -134,7 +136,7 @@ def create_router(dispatcher: Dispatcher, settings: Settings, metrics: Metrics) 
         """Class confidences of each picture, without heatmaps."""
         dispatcher.check_open(model_id)
         choose_json(_accept(request))
-        payload = await read_payload(request, InferFields, settings)
+        payload = await read_payload(request, InferFields, settings, arrivals)
         work = infer_request(model_id, payload)
         answer = await explain(request, work, payload.size_bytes, payload.fields.timeout_s)
         return await _json(answer, payload.fields, request)

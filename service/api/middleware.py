@@ -12,6 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.connection import headers_too_large
 from service.api.problems import problem
 from service.api.record import log_request
 from service.errors import ServiceError
@@ -25,9 +26,10 @@ logger = logging.getLogger(__name__)
 class FrameMiddleware:
     """Pure ASGI, around everything. Leaves `request_id`, `started` (perf_counter) and `status` in the scope's state."""
 
-    def __init__(self, app: ASGIApp, count: Callable[[Scope], None]) -> None:
+    def __init__(self, app: ASGIApp, max_header_bytes: int, count: Callable[[Scope], None]) -> None:
         """`count` is told of each request that is over."""
         self.app = app
+        self._max_header_bytes = max_header_bytes
         self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,8 +48,11 @@ class FrameMiddleware:
                 headers["Server-Timing"] = server_timing(state.get("timings"), time.perf_counter() - state["started"])
             await send(message)
 
+        fits = _head_bytes(scope) <= self._max_header_bytes
         try:
-            await self.app(scope, receive, framed)
+            await (self.app if fits else problem(scope, headers_too_large(self._max_header_bytes)))(
+                scope, receive, framed
+            )
         finally:
             log_request(scope)
             self._count(scope)
@@ -78,6 +83,11 @@ def server_timing(timings: Timings | None, total: float) -> str:
     """The header's value: the stages that did work, then the total, in milliseconds."""
     stages = {**(vars(timings) if timings else {}), "total": total}
     return ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages.items())
+
+
+def _head_bytes(scope: Scope) -> int:
+    headers = sum(len(name) + len(value) + len(b": \r\n") for name, value in scope["headers"])
+    return headers + len(scope["raw_path"]) + len(scope["query_string"])
 
 
 def _request_id(given: str) -> str:

@@ -11,7 +11,6 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from service.api.fields import wrong
 from service.errors import MAX_ECHO, BodyTooLarge, MalformedBody, TooManyPictures
 
-MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 * 1024
 PICTURE_PARTS = ("image", "images")
 
@@ -29,14 +28,17 @@ class _Part:
 class _Form:
     """Collects the parts; its methods are the parser's callbacks, and each of them refuses as early as it can."""
 
-    def __init__(self, max_pictures: int) -> None:
+    def __init__(self, max_pictures: int, max_parts: int) -> None:
         self._max_pictures = max_pictures
+        self._max_parts = max_parts
         self._header = self._value = self._disposition = b""
         self.parts: list[_Part] = []
         self.ended = False
 
     def on_part_begin(self) -> None:
         self._disposition = b""
+        if len(self.parts) == self._max_parts:
+            raise BodyTooLarge(f"The form has more than {self._max_parts} parts; write a long list as one JSON array.")
         self.parts.append(_Part())
 
     def on_header_begin(self) -> None:
@@ -60,11 +62,8 @@ class _Form:
         part.name = options[b"name"].decode()
         part.filename = options[b"filename"].decode(errors="replace") if b"filename" in options else None
         _check_kind(part)
-        files = sum(part.filename is not None for part in self.parts)
-        if files > self._max_pictures:
+        if sum(part.filename is not None for part in self.parts) > self._max_pictures:
             raise too_many_pictures(self._max_pictures)
-        if len(self.parts) - files > MAX_FIELDS:
-            raise BodyTooLarge(f"The form has more than {MAX_FIELDS} fields; write a long list as one JSON array.")
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         part = self.parts[-1]
@@ -82,9 +81,11 @@ def too_many_pictures(limit: int) -> TooManyPictures:
     return TooManyPictures(f"One request may bring at most {limit} pictures.")
 
 
-async def read_form(content_type: str, chunks: AsyncIterator[bytes], max_pictures: int) -> tuple[Texts, list[bytes]]:
+async def read_form(
+    content_type: str, chunks: AsyncIterator[bytes], max_pictures: int, max_parts: int
+) -> tuple[Texts, list[bytes]]:
     """The text parts, and the contents of the parts `image` and `images`, whose declared types are not trusted."""
-    form = _Form(max_pictures)
+    form = _Form(max_pictures, max_parts)
     try:
         await _parse(form, content_type, chunks)
         texts = [(part.name, b"".join(part.chunks).decode()) for part in form.parts if part.filename is None]

@@ -12,7 +12,7 @@ from service.api.negotiation import SINGLE
 from service.api.problems import MEDIA_TYPE
 from service.api.responses import Problem
 from service.api.schemas import HeatmapFields, InferFields
-from service.errors import ServiceError
+from service.errors import HeadersTooLarge, ServiceError
 
 Schema = dict[str, Any]
 
@@ -51,6 +51,7 @@ def install(app: FastAPI, open_to_all: bool) -> None:
         _drop_fastapis_422(document)
         if open_to_all:
             _make_keys_optional(document)
+        _tell_of_every_operation(document, HeadersTooLarge)
         schemas = document["components"]["schemas"]
         schemas |= {name: _with_images(kind, name) for kind, name in REQUESTS.items()}
         schemas |= models_json_schema([(Problem, "serialization")], ref_template=REF)[1]["$defs"]
@@ -122,6 +123,13 @@ def _make_keys_optional(document: Schema) -> None:
             rights = {right for scheme in operation.get("security", ()) for roles in scheme.values() for right in roles}
             if rights == {"predict"}:
                 operation["security"].insert(0, {})
+
+
+def _tell_of_every_operation(document: Schema, kind: type[ServiceError]) -> None:
+    """Add an error that comes before any route is asked."""
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation["responses"] |= {str(status): response for status, response in problems(kind).items()}
 
 
 def _ref(name: str) -> Schema:

@@ -35,7 +35,7 @@ def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
             expose_headers=EXPOSED_HEADERS,
         )
     measured = metrics.Metrics(dispatcher)
-    app.add_middleware(FrameMiddleware, count=measured.ended)
+    app.add_middleware(FrameMiddleware, max_header_bytes=settings.max_header_bytes, count=measured.ended)
     app.include_router(
         inference.create_router(dispatcher, settings, measured),
         dependencies=[needs.predict, Depends(Rate(settings.max_rate).check)],

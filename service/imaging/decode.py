@@ -5,19 +5,24 @@ from __future__ import annotations
 import binascii
 import io
 import re
+import struct
 import warnings
 
 import numpy as np
 import pybase64
-from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
+from PIL import BmpImagePlugin, Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base
 
-from service.errors import TooManyPixels, UndecodablePicture
+from service.errors import ServiceError, TooManyPixels, UndecodablePicture
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
-# Pillow's own limit is global and warns below its error; ours is checked for each picture before decoding.
-Image.MAX_IMAGE_PIXELS = None
+# Pillow walks a file's parts in Python. The longest honest walk is a run-length BMP's, of two bytes a step.
+MAX_READS = 1_000_000
+# Each scan of a progressive JPEG passes over the whole picture, and each EXIF segment copies those before it.
+MAX_SCANS = MAX_EXIF_SEGMENTS = 100
+# Pillow reads run-length BMPs in Python, a pixel at a time.
+MAX_RUN_LENGTH_PIXELS = 4_000_000
 # What Pillow finds odd in a client's file is no news to the server's log.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -32,6 +37,20 @@ _UPRIGHT = {
 }
 _URL = re.compile(r"\s*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _WHITESPACE = b" \t\r\n\f\v"
+_RUN_LENGTH = (BmpImagePlugin.BmpImageFile.COMPRESSIONS["RLE8"], BmpImagePlugin.BmpImageFile.COMPRESSIONS["RLE4"])
+_TILE_TAGS = (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)
+
+
+class _File(io.BytesIO):
+    """A picture's file for Pillow, which may read it in `MAX_READS` pieces."""
+
+    left = MAX_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise UndecodablePicture(f"The picture's file has more than {MAX_READS} parts.")
+        return super().read(size)
 
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:
@@ -40,15 +59,15 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     Raises TooManyPixels where the header declares more than `max_pixels`, before a pixel is decoded, and
     UndecodablePicture for anything else that cannot be read to its end.
     """
-    image = _open(data)
-    for what, (width, height) in {"picture": image.size, "picture's first tile": _tile(image)}.items():
-        if width * height > max_pixels:
-            detail = f"The {what} has {width} x {height} = {width * height} pixels; the limit is {max_pixels}."
-            raise TooManyPixels(detail)
+    image = _open(data, max_pixels)
     try:
+        _check_pixels("picture", image.size, max_pixels)
+        _check_pixels("picture's first tile", _tile(image, data), max_pixels)
+        if isinstance(image, BmpImagePlugin.BmpImageFile) and image.info.get("compression") in _RUN_LENGTH:
+            _check_pixels("run-length coded picture", image.size, MAX_RUN_LENGTH_PIXELS)
         image.load()
         rgb = _to_rgb(image)
-    except UndecodablePicture:
+    except ServiceError:
         raise
     except Exception as error:
         raise UndecodablePicture(f"The {image.format} file is damaged or cut short: {error}.") from error
@@ -80,11 +99,19 @@ def decode_base64(text: str) -> bytes:
         ) from error
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise UndecodablePicture("The picture is empty: 0 bytes.")
+    _check_jpeg(data)
+    # Some plugins reserve memory for a frame while they open a file; Pillow checks it against twice this number.
+    Image.MAX_IMAGE_PIXELS = max_pixels
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(_File(data), formats=FORMATS)
+    except UndecodablePicture:
+        raise
+    except Image.DecompressionBombError as error:
+        pixels = next(iter(re.findall(r"\d+", str(error))), "too many")
+        raise TooManyPixels(f"The picture has {pixels} pixels; the limit is {max_pixels}.") from error
     except UnidentifiedImageError as error:
         raise UndecodablePicture(
             "The bytes are no JPEG, PNG, WebP, GIF, BMP or TIFF file, or its header is damaged."
@@ -93,12 +120,47 @@ def _open(data: bytes) -> Image.Image:
         raise UndecodablePicture(f"The picture's header is damaged: {error}.") from error
 
 
-def _tile(image: Image.Image) -> tuple[int, int]:
-    """Width and height of a TIFF's tiles: one is decoded whole, however small the picture in it."""
+def _check_jpeg(data: bytes) -> None:
+    """Raise UndecodablePicture for a JPEG that is made to cost minutes. libtiff has such a limit of its own."""
+    if not data.startswith(b"\xff\xd8"):
+        return
+    limits = {"scans": (b"\xff\xda\x00", MAX_SCANS), "EXIF segments": (b"Exif\0\0", MAX_EXIF_SEGMENTS)}
+    for what, (mark, limit) in limits.items():
+        if (found := data.count(mark)) > limit:
+            raise UndecodablePicture(f"The JPEG file has {found} {what}; at most {limit} are read.")
+
+
+def _check_pixels(what: str, size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        detail = f"The {what} has {width} x {height} = {width * height} pixels; the limit is {max_pixels}."
+        raise TooManyPixels(detail)
+
+
+def _tile(image: Image.Image, data: bytes) -> tuple[int, int]:
+    """Width and height of a TIFF's tiles: one is decoded whole, however small the picture in it.
+
+    libtiff reads the file anew, and knows types of numbers that Pillow passes over: what they may see differently is
+    refused.
+    """
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return 0, 0
-    width, height = (image.tag_v2.get(tag) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
-    return (width, height) if isinstance(width, int) and isinstance(height, int) else (0, 0)
+    given = [tag for tag in _tags(image.tag_v2, data) if tag in _TILE_TAGS]
+    if not given:
+        return 0, 0
+    width, height = (image.tag_v2.get(tag) for tag in _TILE_TAGS)
+    if len(given) == len(_TILE_TAGS) and isinstance(width, int) and isinstance(height, int):
+        return width, height
+    raise UndecodablePicture("The TIFF file's tiles need one whole number for their width and one for their height.")
+
+
+def _tags(directory: TiffImagePlugin.ImageFileDirectory_v2, data: bytes) -> list[int]:
+    """Every tag in the file's first directory, as often as it is there."""
+    order = ">" if data.startswith(b"M") else "<"
+    count, entry = ("Q", 20) if data[2:4] in (b"+\0", b"\0+") else ("H", 12)
+    (entries,) = struct.unpack_from(order + count, data, directory.offset)
+    start = directory.offset + struct.calcsize(count)
+    return [struct.unpack_from(order + "H", data, start + entry * number)[0] for number in range(entries)]
 
 
 def _orientation(image: Image.Image) -> int:

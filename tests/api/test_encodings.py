@@ -205,7 +205,18 @@ def test_infinity_by_the_back_door_is_422(api: Api) -> None:
 
 
 @pytest.mark.parametrize(
-    "query", ["alpha=nan", "timeout_s=inf", "top_k=many", "gen_params={", "method=[1", "target_classes=[{"]
+    "query",
+    [
+        "alpha=nan",
+        "timeout_s=inf",
+        "top_k=many",
+        "top_k=1_0",
+        "top_k=%D9%A3",
+        "alpha=0.%D9%A3",
+        "gen_params={",
+        "method=[1",
+        "target_classes=[{",
+    ],
 )
 def test_wrong_text_is_422_and_pointed_at(api: Api, query: str) -> None:
     assert pointers(check_problem(api.raw(query), 422, "invalid_request")) == ["/" + query.partition("=")[0]]
@@ -253,6 +264,33 @@ def test_a_thousand_parts_are_413(api: Api) -> None:
     problem = check_problem(form(api, FILE, *[text("target_classes", "1")] * 1000), 413, "body_too_large")
     assert "JSON array" in problem["detail"]
     check_problem(form(api, FILE, text("method", "a" * 70_000)), 413, "body_too_large")
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_json_nests_two_hundred_deep_everywhere(api: Api, opening: str) -> None:
+    closing = "]" if opening == "[" else "}"
+    for depth, deep in ((190, False), (210, True)):
+        params = '{"a": ' + opening * (depth - 2) + "1" + closing * (depth - 2) + "}"
+        whole = f'{{"images": ["AA"], "gen_params": {params}}}'
+        for response in (
+            api.post(content=whole, headers={"content-type": "application/json"}),
+            form(api, FILE, text("gen_params", params)),
+            api.post(params={"gen_params": params}, content=b"p", headers={"content-type": "image/png"}),
+        ):
+            assert response.status_code in ((400, 422) if deep else (200,)), response.text
+            assert not deep or "200 levels" in response.json()["detail"]
+
+
+def test_more_json_values_than_the_limit_are_told(api: Api) -> None:
+    response = api.post(content="[" + "0," * 100_001 + "0]", headers={"content-type": "application/json"})
+    assert "100000 JSON values" in check_problem(response, 422, "invalid_request")["detail"]
+
+
+def test_parts_over_the_limit_are_413() -> None:
+    api = Api(max_parts=3)
+    assert form(api, FILE, OTHER, text("top_k", "1")).status_code == 200
+    problem = check_problem(form(api, FILE, OTHER, text("top_k", "1"), text("alpha", "1")), 413, "body_too_large")
+    assert "3 parts" in problem["detail"]
 
 
 def test_many_mistakes_are_told_in_part(api: Api) -> None:

@@ -86,6 +86,7 @@ def test_errors_are_problems(document: Any) -> None:
         "415",
         "422",
         "429",
+        "431",
         "500",
         "503",
         "504",

@@ -20,7 +20,8 @@ from PIL import Image
 
 from tests.api.support import check_problem, pointers
 from tests.conftest import TINY_SPEC, write_tiny
-from tests.e2e.support import file_of, post, resized, text_of
+from tests.e2e.support import file_of, map_of, only, post, resized, text_of
+from tests.imaging.test_hostile import BOMBS
 from tests.server import Server, running
 
 REAL = "efficientnet_lite0"
@@ -295,14 +296,14 @@ def asked(status: int, code: str, method: str, url: str, *words: str, **headers:
 REQUESTS = {
     "no JSON": sent(400, "malformed_body", "JSON", content=b"{", headers=JSON_TYPE),
     "NaN in JSON": sent(400, "malformed_body", content=b'{"images": ["AA"], "alpha": NaN}', headers=JSON_TYPE),
-    "brackets": sent(400, "malformed_body", content=DEEP, headers=JSON_TYPE),
-    "deep parameters": sent(400, "malformed_body", content=DEEP_PARAMS, headers=JSON_TYPE),
+    "brackets": sent(400, "malformed_body", "200 levels", content=DEEP, headers=JSON_TYPE),
+    "deep parameters": sent(400, "malformed_body", "200 levels", content=DEEP_PARAMS, headers=JSON_TYPE),
     "form without end": sent(400, "malformed_body", content=UNNAMED[:-6], headers=FORM_TYPE),
     "part without name": sent(400, "malformed_body", "name", content=UNNAMED, headers=FORM_TYPE),
     "form without boundary": sent(
         400, "malformed_body", "boundary", content=UNNAMED, headers={"content-type": "multipart/form-data"}
     ),
-    "a thousand parts": sent(413, "body_too_large", "JSON array", files=PARTS),
+    "a thousand parts": sent(413, "body_too_large", "128 parts", "JSON array", files=PARTS),
     "infinity": sent(
         422, "invalid_request", content=b'{"images": ["AA"], "gen_params": {"a": 1e999}}', headers=JSON_TYPE
     ),
@@ -545,9 +546,38 @@ def refused_at_once(client: httpx.Client, server: Server, photograph: bytes, bom
     response = post(client, [photograph, bomb])
     problem = check_problem(response, 413, "too_many_pixels")
     assert pointers(problem) == ["/images/1"]
-    assert f"{side} x {side} = {side * side}" in problem["detail"]
+    assert f" {side * side} pixels; the limit is 50000000" in problem["detail"]
     assert response.elapsed.total_seconds() < 1
     assert worker.memory_info().rss - before < 100e6
+
+
+@pytest.mark.parametrize("name", [name for name in BOMBS if name.startswith(("BMP", "GIF", "TIFF", "WebP"))])
+def test_the_worker_outlives_crafted_files(client: httpx.Client, server: Server, photograph: bytes, name: str) -> None:
+    (worker,) = server.workers()
+    before = worker.memory_info().rss
+    file, words = BOMBS[name][0](), BOMBS[name][1]
+    response = client.post("/models/tiny/heatmap?size=model", content=file, headers={"content-type": "image/png"})
+    if words.startswith("("):
+        result = response.json()["results"][0]
+        assert f"({result['width']}, {result['height']})" == words
+    else:
+        assert words in check_problem(response, response.status_code, response.json()["code"])["detail"]
+        assert response.status_code in (413, 422)
+    assert worker.memory_info().rss - before < 200e6
+    assert [other.pid for other in server.workers()] == [worker.pid]
+
+
+@pytest.mark.parametrize("model", ["tiny", REAL])
+@pytest.mark.parametrize("size", [(1, 1), (1, 10_000), (10_000, 1)])
+def test_lines_and_points_are_explained(
+    client: httpx.Client, server: Server, model: str, size: tuple[int, int]
+) -> None:
+    """Stretched by the one network, cropped by the other; fitted by their shorter side they are 2 GB."""
+    (worker,) = server.workers()
+    before = worker.memory_info().rss
+    values = map_of(only(client, file_of(Image.new("RGB", size, "teal")), model, format="npy"))
+    assert values.shape == (size[1], size[0])
+    assert worker.memory_info().rss - before < 200e6
 
 
 # Queue and deadline

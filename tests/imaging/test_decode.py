@@ -281,7 +281,7 @@ def test_noise_in_a_file_never_raises_anything_else() -> None:
 def test_a_bomb_is_refused_by_its_header() -> None:
     with pytest.raises(TooManyPixels) as caught:
         decode(png(50_000, 50_000, 8, 2), 50_000_000)
-    assert caught.value.detail == "The picture has 50000 x 50000 = 2500000000 pixels; the limit is 50000000."
+    assert caught.value.detail == "The picture has 2500000000 pixels; the limit is 50000000."
 
 
 def test_a_gif_whose_frame_is_larger_than_its_header_is_refused() -> None:
