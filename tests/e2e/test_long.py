@@ -123,12 +123,12 @@ def client_connections(server: Server) -> list[object]:
 
 QUICK: dict[str, dict[str, object]] = {
     "integrated_gradients": {"steps": 4},
-    "is_cam": {"n": 2},
+    "is_cam": {"n": 1},
     "occlusion": {"window": 16, "stride": 16},
-    "rise": {"n": 16},
+    "rise": {"n": 4},
     "smooth_grad": {"n": 4},
     "smooth_grad_cam_plus_plus": {"n": 4},
-    "ss_cam": {"n": 2},
+    "ss_cam": {"n": 1},
 }
 
 
@@ -156,7 +156,7 @@ def test_no_method_leaves_anything_on_a_module(tmp_path: Path, chelsea: bytes) -
         state = {id(module): (hooks_of(module), module.training) for module in source.modules()}
         weights = {name: value.clone() for name, value in source.state_dict().items()}
         assert weights
-        answered = {method for _ in range(3) for method in REGISTRY if explained(engine, method, chelsea)}
+        answered = {method for _ in range(2) for method in REGISTRY if explained(engine, method, chelsea)}
         assert answered >= {"grad_cam", "guided_backprop", "deconvnet", "score_cam", "full_grad", "smooth_grad"}
         assert {id(module): (hooks_of(module), module.training) for module in source.modules()} == state
         assert all((source.state_dict()[name] == value).all() for name, value in weights.items())

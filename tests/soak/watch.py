@@ -54,6 +54,7 @@ def probing(url: str) -> Iterator[list[Probe]]:
     process = context.Process(target=_probe, args=(url, there), daemon=True)
     process.start()
     there.close()
+    here.recv()  # it polls from now on
     seen: list[Probe] = []
     try:
         yield seen
@@ -70,6 +71,7 @@ def _probe(url: str, parent: Connection) -> None:
     threads = [threading.Thread(target=_poll, args=(url, path, stop, seen)) for path in PROBES]
     for thread in threads:
         thread.start()
+    parent.send(None)
     with suppress(EOFError):
         parent.recv()
     stop.set()
