@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test check install openapi bench clean
+.PHONY: serve test check install openapi bench soak clean
 
 serve: .venv/installed
 	$(BIN)/heatmap-service serve $(if $(PORT),--port $(PORT))
@@ -27,6 +27,10 @@ openapi: .venv/installed
 # Ours beside its peers, which come with an extra of their own; ARGS='--quick' and others: benchmarks/README.md.
 bench: .venv/bench
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# A real server under load and in trouble for ten minutes; ARGS='--minutes 2 --tiny' and others: benchmarks/README.md.
+soak: .venv/installed
+	$(BIN)/python -m tests.soak $(ARGS)
 
 clean:
 	rm -rf .venv

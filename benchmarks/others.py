@@ -49,5 +49,5 @@ def _others() -> float:
 def _taken(process: psutil.Process) -> float:
     with suppress(psutil.Error):  # it may just have gone
         times = process.cpu_times()
-        return float(times.user + times.system)
+        return float(times.user + times.system + times.children_user + times.children_system)
     return 0.0

@@ -29,7 +29,7 @@ def test_the_server_s_process_never_imports_torch() -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize(
     "target",
-    ["serve", "test", "install", "check", "bench"],
+    ["serve", "test", "install", "check", "bench", "soak"],
 )
 def test_make_has_the_targets_of_the_contract(target: str) -> None:
     ran = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
