@@ -83,7 +83,9 @@ class Settings(BaseModel):
     )
     timeout_s: float = Field(30.0, gt=0, le=3600, description="deadline of a request that names none, in seconds")
     body_timeout_s: float = Field(
-        30.0, gt=0, description="seconds within which the headers, and then the body, must have arrived"
+        30.0,
+        gt=0,
+        description="seconds within which the headers, and then the body, must have arrived, and more of an answer be read",
     )
     grace_s: float = Field(30.0, ge=0, description="seconds that accepted requests get after SIGTERM")
     hang_s: float = Field(

@@ -18,6 +18,7 @@ from service.settings import Settings
 
 class BoundedConnection(HttpToolsProtocol):
     """Refuses a head (request line and headers) that is too long or too slow; bodies are bounded where they are read.
+    An answer of which nothing is read any more is given up, for it is held in memory.
 
     What no parser made a request of is answered here, since no application sees it.
     """
@@ -35,6 +36,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._head_bytes = 0
         self._in_head = True
         self._head_timer: asyncio.TimerHandle | None = None
+        self._unread_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -42,6 +44,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
+        self._stop_unread_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -71,6 +74,29 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_response_complete()
         if self.cycle.more_body:  # that nobody reads; a client that still sends it must see the answer
             self._start_head_timer()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_unread()
+
+    def resume_writing(self) -> None:
+        self._stop_unread_timer()
+        super().resume_writing()
+
+    def _watch_unread(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+        self._unread_timer = self.loop.call_later(self.settings.body_timeout_s, self._on_unread, unread)
+
+    def _on_unread(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() >= before:
+            self.transport.abort()
+        else:
+            self._watch_unread()
+
+    def _stop_unread_timer(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002
         self._refuse(MalformedRequest("The bytes on the connection are no HTTP/1.1 request."))

@@ -469,6 +469,32 @@ def test_a_bare_line_feed_in_a_header_begins_no_other(guarded: Server) -> None:
             assert "x-evil" not in reply.headers
 
 
+def test_an_answer_that_nobody_reads_is_given_up(guarded: Server, photograph: bytes) -> None:
+    body = json.dumps(
+        {"images": [text_of(photograph)] * 8, "target_classes": [0, 1, 2, 3] * 8, "format": "npy"}
+    ).encode()
+    request = head("Content-Type: application/json", f"Content-Length: {len(body)}") + body
+    with connect(guarded) as reader:  # slow, but it reads: a part now and then
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.sendall(request)
+        first = reader.recv(1000)
+        assert first.startswith(b"HTTP/1.1 200")
+        length = int(re.search(rb"content-length: (\d+)", first)[1])  # type: ignore[index]
+        assert length > 8_000_000
+        read = len(first)
+        while read < length:
+            time.sleep(TIMEOUT_S / 10)
+            part = len(reader.recv(1_000_000, socket.MSG_WAITALL))
+            assert part
+            read += part
+    with connect(guarded) as idler:
+        idler.sendall(request)
+        assert idler.recv(1000).startswith(b"HTTP/1.1 200")
+        time.sleep(3 * TIMEOUT_S)
+        received = until_closed(idler)
+    assert len(received) < length - 1_000_000
+
+
 # After all that
 
 
