@@ -85,7 +85,7 @@ class Settings(BaseModel):
     body_timeout_s: float = Field(
         30.0,
         gt=0,
-        description="seconds within which the headers, and then the body, must have arrived, and more of an answer be read",
+        description="seconds within which the headers, and then the body, must come, and more of an answer be read",
     )
     grace_s: float = Field(30.0, ge=0, description="seconds that accepted requests get after SIGTERM")
     hang_s: float = Field(

@@ -1,14 +1,12 @@
-"""The processes in which a head is compiled or a network captured: niced, alone, and gone with the worker."""
+"""What is done in processes of their own, so that it stalls nobody: a head is compiled, a network captured."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import signal
 import tempfile
-import threading
 from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -43,7 +41,6 @@ class CompileJob:
 
 def compile_in_background(job: CompileJob) -> None:
     """Compile as the main function of a process. What goes wrong is logged; the store then has no such package."""
-    _stand_back(19)
     logs.configure(job.log_level, job.log_format, "compile")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA on every CPU host
     torch.set_num_threads(job.threads)
@@ -61,16 +58,8 @@ def compile_in_background(job: CompileJob) -> None:
 
 def capture_in_background(entry: Entry, device: str, folder: Path) -> None:
     """Capture a model into `folder` as the main function of a process. What goes wrong is for its load to say."""
-    _stand_back(5)  # somebody waits for it
     with contextlib.suppress(Exception):
         load(entry.id, read_spec(entry.folder), entry.folder, torch.device(device), folder)
-
-
-def _stand_back(niceness: int) -> None:
-    """Leave the cores to what serves, and the world with the parent."""
-    os.setsid()
-    os.nice(niceness)
-    threading.Thread(target=_leave_with_parent, name="parent", daemon=True).start()
 
 
 def kill(process: SpawnProcess) -> None:
@@ -79,13 +68,6 @@ def kill(process: SpawnProcess) -> None:
         if process.pid is not None:
             os.killpg(process.pid, signal.SIGKILL)
     process.kill()
-
-
-def _leave_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.killpg(0, signal.SIGKILL)
 
 
 def _compile(job: CompileJob) -> None:

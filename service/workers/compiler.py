@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import pickle
 import platform
 import queue
 import shutil
@@ -24,8 +25,9 @@ from service.models.packages import PackageStore, key_of
 from service.models.repository import Entry
 from service.models.resident import Model
 from service.settings import Settings
-from service.workers.compilation import CompileJob, compile_in_background, kill
+from service.workers.compilation import CompileJob, kill
 from service.workers.device import Device
+from service.workers.entry import compile_head
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +127,8 @@ class Compiler:
             head.compiled = compiled
             self._resident.append((model, head))
         for other in dropped:
-            self._changed(other)
+            if other is not model:
+                self._changed(other)
         logger.info(
             "model %s runs compiled at %s: %d MiB on disk, loaded in %.1f s",
             model.id,
@@ -152,7 +155,9 @@ class Compiler:
             logger.warning("there is no C++ compiler (%s): models are served eagerly, which is slower", COMPILER)
         if self._told:
             return None
-        process = multiprocessing.get_context("spawn").Process(target=compile_in_background, args=(job,), daemon=True)
+        process = multiprocessing.get_context("spawn").Process(
+            target=compile_head, args=(pickle.dumps(job),), daemon=True
+        )
         with self._lock:
             if self._closed:
                 return None

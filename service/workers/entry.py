@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
+import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -28,8 +31,31 @@ def run(connection: Connection, device: str, settings: Settings, entries: tuple[
     preload.main(connection, device, settings, entries, folder)
 
 
+def compile_head(job: bytes) -> None:
+    """Compile a head as the pickled CompileJob says."""
+    _stand_back(19)
+    from service.workers import preload
+
+    preload.compile_in_background(pickle.loads(job))  # noqa: S301  (of the worker that started this process)
+
+
 def capture(entry: Entry, device: str, folder: Path) -> None:
     """Capture a model into `folder`, where workers find it: for them to do so would stall what they serve."""
+    _stand_back(5)  # somebody waits for it
     from service.workers import preload
 
     preload.capture_in_background(entry, device, folder)
+
+
+def _stand_back(niceness: int) -> None:
+    """Leave the cores to what serves, and the world with the parent: from now on, before torch takes its seconds."""
+    os.setsid()
+    os.nice(niceness)
+    threading.Thread(target=_leave_with_parent, name="parent", daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)

@@ -8,3 +8,4 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads would comp
 
 from service.workers.child import main as main
 from service.workers.compilation import capture_in_background as capture_in_background
+from service.workers.compilation import compile_in_background as compile_in_background
