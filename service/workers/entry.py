@@ -24,7 +24,7 @@ def run(connection: Connection, device: str, settings: Settings, entries: tuple[
         signal.signal(number, signal.SIG_IGN)
     own = folder / str(os.getpid())  # the parent removes it: whoever is killed leaves unpacked packages behind
     own.mkdir()
-    os.environ["TMPDIR"] = str(own)
+    os.environ.update(TMPDIR=str(own), TORCHINDUCTOR_CACHE_DIR=str(own / "inductor"))
     tempfile.tempdir = None  # forked, the process would keep that of its template
     from service.workers import preload
 

@@ -24,7 +24,7 @@ from benchmarks import others
 from service.models.repository import EMBEDDED
 from service.settings import Settings
 from tests.conftest import write_tiny
-from tests.server import Server, is_worker, running
+from tests.server import Server, running
 from tests.soak.cases import REAL, TINY, bad_cases, real_cases, tiny_cases, with_key
 from tests.soak.findings import LEDGER, Findings, bounds, tables
 from tests.soak.traffic import Clients, ask_alone
@@ -146,7 +146,7 @@ def _wait_for_compilers(server: Server) -> None:
 
 
 def _compilers(server: Server) -> list[psutil.Process]:
-    return [child for worker in server.workers() for child in worker.children() if is_worker(child)]
+    return [child for worker in server.workers() for child in worker.children() if _compiles(child)]
 
 
 def _descriptors(server: Server) -> int:
@@ -177,6 +177,13 @@ async def _counters(url: str) -> dict[str, float] | None:
     return counters
 
 
+def _compiles(process: psutil.Process) -> bool:
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except psutil.Error:  # it is gone, or a zombie
+        return False
+
+
 def _end(server: Server, temporary: Path, found: Findings) -> None:
     """SIGTERM, and a look at what is left: workers' folders before it, everything after it."""
     family = server.family()
@@ -188,7 +195,8 @@ def _end(server: Server, temporary: Path, found: Findings) -> None:
     with suppress(subprocess.TimeoutExpired):
         found.exit_status = server.wait_exit(STOP_S)
     found.children_left = len(psutil.wait_procs(family, timeout=STOP_S / 10)[1])
-    found.folders_left += [path.name for path in temporary.iterdir()]
+    empty = "torchinductor_"  # a folder that torch makes when it is imported
+    found.folders_left += [path.name for path in temporary.iterdir() if not path.name.startswith(empty)]
 
 
 def parse(arguments: Sequence[str]) -> Options:
