@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,7 @@ from service.keys import make_key
 from tests.conftest import TINY_CODE, write_tiny
 from tests.e2e.support import RAW, Floats, map_of, post, same_map
 from tests.server import Server, running, wait_until
+from tests.test_readme import COMMANDS
 
 PREDICT, PREDICT_LINE = make_key("ann", "predict")
 ADMIN, ADMIN_LINE = make_key("root", "predict,admin")
@@ -168,6 +171,14 @@ def metric(one: Operated, name: str, **labels: str) -> float:
 def ended(one: Operated) -> dict[str, float]:
     names = ("accepted", "answered", "failed", "cancelled", "timed_out")
     return {name: metric(one, f"heatmap_requests_{name}_total") for name in names}
+
+
+def test_readmes_command_loads_a_model(one: Operated) -> None:
+    (command,) = [command for command in COMMANDS if "<key>" in command]
+    command = command.replace("http://127.0.0.1:8000", one.server.url).replace("<key>", ADMIN)
+    command = command.replace("efficientnet_lite0", "tiny").replace("curl", "curl --fail-with-body -sS")
+    answer = subprocess.run(["bash", "-c", command], check=True, capture_output=True, timeout=60)
+    assert json.loads(answer.stdout)["state"] == "ready"
 
 
 def test_metrics_add_up(one: Operated, chelsea: bytes) -> None:
