@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import multiprocessing
 import queue
 import shutil
@@ -23,7 +24,7 @@ from typing import Protocol
 
 from service.errors import ModelNotFound, nearest
 from service.models.repository import Entry, scan
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 from service.workers import entry
 from service.workers.messages import (
     BEAT_S,
@@ -69,7 +70,7 @@ class Worker:
         self.slots = 1
         self.asked: dict[str, asyncio.Future[str | None]] = {}
         self.stalled_s = 0.0
-        self.heard = time.monotonic()
+        self.heard = math.inf  # it has not begun
         self.gone = threading.Event()
         self.serves = False
         self._receive = receive
@@ -206,7 +207,7 @@ class Pool:
         Raises ModelNotFound where the repository has no such folder.
         """
         async with self._administration:
-            entries = {entry.id: entry for entry in await asyncio.to_thread(scan, self._settings.models)}
+            entries = await asyncio.to_thread(self._scan)
             if model_id not in entries:
                 hint = nearest(model_id, entries)
                 raise ModelNotFound(f"The repository has no folder {model_id!r}.{hint}")
@@ -218,6 +219,12 @@ class Pool:
                 await asyncio.to_thread(_capture, entries[model_id], device, Path(self._folder.name))
             reasons = await self._ask_all(Load(entries[model_id]), model_id)
         return next(filter(None, reasons), None)
+
+    def _scan(self) -> dict[str, Entry]:
+        try:
+            return {entry.id: entry for entry in scan(self._settings.models)}
+        except SettingsError:  # it has become unreadable, or empty
+            return {}
 
     async def unload(self, model_id: str) -> None:
         """Have every worker let go of a model that no job is under way for."""

@@ -47,7 +47,7 @@ class Options:
     kill_every_s: float = 15.0
     seed: int = 0
     tiny: bool = False
-    reload: bool = False
+    reload: bool = True
     device: str = "auto"
     compiled_heads: int = Settings.model_fields["compiled_heads"].default
 
@@ -117,7 +117,7 @@ async def _under_load(server: Server, options: Options, key: str) -> Findings:
         found.ended = time.monotonic()
     found.others = shares[0]
     found.descriptors = (before, await asyncio.to_thread(_settled_descriptors, server, before))
-    found.counters = await _counters(server.url)
+    found.counters = await _counters(server.url, key)
     return found
 
 
@@ -161,12 +161,10 @@ def _settled_descriptors(server: Server, before: int) -> int:
     return now
 
 
-async def _counters(url: str) -> dict[str, float] | None:
-    """The server's counters of requests; None where it has no metrics."""
-    async with httpx.AsyncClient(base_url=url) as http:
+async def _counters(url: str, key: str) -> dict[str, float]:
+    """The server's counters of requests."""
+    async with httpx.AsyncClient(base_url=url, headers={"X-API-Key": key}) as http:
         response = await http.get("/metrics")
-    if response.status_code == 404:
-        return None
     response.raise_for_status()
     counters = dict.fromkeys(("accepted", *LEDGER), 0.0)
     for line in response.text.splitlines():

@@ -48,7 +48,7 @@ class Findings:
     memory: list[Memory] = field(default_factory=list)
     reloads: Counter[int] = field(default_factory=Counter)
     descriptors: tuple[int, int] = (0, 0)
-    counters: Mapping[str, float] | None = None
+    counters: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(("accepted", *LEDGER), 0.0))
     exit_status: int | None = None
     children_left: int = 0
     folders_left: list[str] = field(default_factory=list)
@@ -161,10 +161,8 @@ def _grown(before: int, after: int) -> tuple[str, bool]:
     return f"{before} before, {after} after", after <= before
 
 
-def _counters(counters: Mapping[str, float] | None) -> Bound:
+def _counters(counters: Mapping[str, float]) -> Bound:
     what, bound = "metrics add up", f"accepted = {' + '.join(LEDGER)}"
-    if counters is None:
-        return Bound(what, bound, "the server has none", None)
     ends = [counters[name] for name in LEDGER]
     measured = f"{counters['accepted']:.0f} = {' + '.join(f'{end:.0f}' for end in ends)}"
     return Bound(what, bound, measured, counters["accepted"] == sum(ends))
