@@ -6,10 +6,10 @@ BIN := .venv/bin
 serve: .venv/installed
 	$(BIN)/heatmap-service serve $(if $(PORT),--port $(PORT))
 
-# What needs no server runs in several processes of one thread each; the rest alone, for its load and its deadlines.
+# In several processes of one thread each; then, one after the other, what looks at load, times and processes.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --ignore tests/e2e
-	$(BIN)/pytest tests/e2e
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile -m 'not alone'
+	$(BIN)/pytest -m alone
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -14,7 +14,7 @@ from service.workers.messages import Answer, Job
 from service.workers.pool import Pool, Worker
 
 BATCH_DELAY_S = 10.0
-"""A request of the priority `batch` has its turn as if it had come so much later."""
+"""A request that may wait has its turn as if it had come so much later."""
 LEAST_RETRY_S = 1.0
 
 
@@ -38,8 +38,12 @@ class Ticket:
 
     @property
     def turn(self) -> float:
-        """The waiting request with the least has the next turn."""
-        return self.accepted + (BATCH_DELAY_S if self.job.request.priority == "batch" else 0.0)
+        """The waiting request with the least has the next turn.
+
+        One that takes long and lost its worker holds up everybody when it is tried again, for it is alone then.
+        """
+        may_wait = self.job.request.priority == "batch" or (self.losses > 0 and self.job.passable)
+        return self.accepted + (BATCH_DELAY_S if may_wait else 0.0)
 
     def left(self, now: float) -> float:
         """Seconds of device work that are left, if the device has worked for it since it was handed over."""

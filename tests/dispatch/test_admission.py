@@ -228,6 +228,22 @@ async def test_interactive_requests_pass_those_of_the_batch_class_but_not_for_ev
         await asyncio.gather(first, batch, quick, late)
 
 
+@on_loop
+async def test_a_long_request_that_lost_its_worker_is_tried_again_when_the_quick_ones_are_answered() -> None:
+    async with Bench() as bench:
+        bench.worker.serve("tiny", capacity=4)
+        slow, quick = await bench.ask(**SLOW), await bench.ask()
+        bench.worker.die()
+        fresh = await bench.started()
+        fresh.serve("tiny", capacity=4)
+        late = await bench.ask()
+        for expected in ([2], [2, 3], [2, 3, 1]):
+            await settle()
+            assert fresh.ids == expected
+            fresh.finish(expected[-1])
+        await asyncio.gather(slow, quick, late)
+
+
 # What became of them
 
 

@@ -20,6 +20,8 @@ from tests.soak.answers import Reply, check_same
 from tests.soak.cases import Case, case
 from tests.soak.traffic import reset_on_close
 
+pytestmark = pytest.mark.alone
+
 PATH = "/models/tiny/heatmap"
 MINUTES: dict[str, Any] = {"method": "rise", "gen_params": {"n": 20_000}, "timeout_s": 300}
 """Some minutes of work in company, most of one alone: whoever does not stop it is found out."""

@@ -17,6 +17,8 @@ import pytest
 from tests.conftest import write_tiny
 from tests.server import Server, is_worker, running, wait_until
 
+pytestmark = pytest.mark.alone
+
 RECOVERY_S = 30.0  # the target is 10 s; the machines that run tests are shared
 
 

@@ -25,6 +25,8 @@ MAX_STALL_S = 0.5  # ten times the 50 ms that the service is meant to keep
 LOAD = """
 import sys, httpx
 from concurrent.futures import ThreadPoolExecutor
+
+pytestmark = pytest.mark.alone
 url, picture = sys.argv[1], open(sys.argv[2], "rb").read()
 def post(number):
     with httpx.Client(base_url=url, timeout=60) as client:

@@ -32,6 +32,8 @@ from tests.server import Server, running, wait_until
 from tests.soak.cases import Case, case
 from tests.soak.watch import probing
 
+pytestmark = pytest.mark.alone
+
 CLIENTS = 4
 BLOCKS, BLOCK = 6, 140
 """Requests of the test; `make soak` sends many more. Each brings and takes some 50 KB: a leak of them would show."""

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import pytest
+
 from tests.soak.__main__ import Options, soak
 from tests.soak.findings import bounds
+
+pytestmark = pytest.mark.alone
 
 SLACK = 10.0
 SHORT = Options(minutes=0.25, clients=8, kill_every_s=6.0, tiny=True, compiled_heads=0)

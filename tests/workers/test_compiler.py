@@ -42,7 +42,7 @@ class Served:
     """The tiny model in an engine of this process, with a compiler."""
 
     def __init__(self, models: Path, cache: Path, folder: Path, heads: int) -> None:
-        settings = Settings(compiled_heads=heads, activation_cache=0, max_batch=4)
+        settings = Settings(compiled_heads=heads, activation_cache=0, max_batch=2)  # one package less
         folder.mkdir(exist_ok=True)
         self.engine = Engine(Device("cpu", None, settings.max_batch), settings)
         self.told: list[tuple[str, ...]] = []
