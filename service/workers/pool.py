@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 MAX_BACKOFF_S = 30.0
 EXIT_S = 5.0
+MAX_TEMPORARY = 70
+"""Characters of the temporary folder's path, so that a socket's in it has no more than 107."""
 
 
 class Worker:
@@ -349,9 +351,10 @@ def _capture(model: Entry, device: str, folder: Path) -> None:
 def _context(device: str) -> SpawnContext | ForkServerContext:
     """How a worker's process is made: on a CPU forked from one that has imported everything, in 0.02 s instead of 3.
 
-    macOS's frameworks bear no fork, and CUDA none after its first call.
+    macOS's frameworks bear no fork, and CUDA none after its first call; and what forks is spoken to through a socket in
+    the temporary folder, whose path must not be long.
     """
-    if device != "cpu" or sys.platform != "linux":
+    if device != "cpu" or sys.platform != "linux" or len(tempfile.gettempdir()) > MAX_TEMPORARY:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["service.workers.preload"])

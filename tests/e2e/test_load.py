@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -19,14 +20,14 @@ from service.app import create_app
 from service.settings import Settings
 from tests.server import Server
 
+pytestmark = pytest.mark.alone
+
 CLIENTS = 16
 MAX_STALL_S = 0.5  # ten times the 50 ms that the service is meant to keep
 
 LOAD = """
 import sys, httpx
 from concurrent.futures import ThreadPoolExecutor
-
-pytestmark = pytest.mark.alone
 url, picture = sys.argv[1], open(sys.argv[2], "rb").read()
 def post(number):
     with httpx.Client(base_url=url, timeout=60) as client:
