@@ -38,12 +38,16 @@ class Server:
             wait_until(lambda: client.get("/readyz").status_code == 200, timeout_s, self)
 
     def workers(self) -> list[psutil.Process]:
-        """The worker processes, without multiprocessing's resource tracker and the one that they are forked from."""
-        return [child for template in self.templates() for child in template.children() if is_worker(child)]
+        """The worker processes, forked or (with a long temporary folder) spawned."""
+        forked = [child for template in self.templates() for child in template.children() if is_worker(child)]
+        return forked + [child for child in self._children() if runs(child, "spawn_main")]
 
     def templates(self) -> list[psutil.Process]:
         """The process that has imported everything, from which workers are forked."""
-        return [child for child in psutil.Process(self.process.pid).children() if is_worker(child)]
+        return [child for child in self._children() if is_worker(child)]
+
+    def _children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
 
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -56,9 +60,14 @@ class Server:
 
 
 def is_worker(process: psutil.Process) -> bool:
-    """Whether this is a living process of a worker on a CPU, or the one that they are forked from."""
+    """Whether this is a living forked worker, or the process that they are forked from."""
+    return runs(process, "multiprocessing.forkserver")
+
+
+def runs(process: psutil.Process, what: str) -> bool:
+    """Whether this is a living process with these words in its command line."""
     try:
-        return "multiprocessing.forkserver" in " ".join(process.cmdline())
+        return what in " ".join(process.cmdline())
     except psutil.Error:  # it is gone, or a zombie
         return False
 

@@ -193,7 +193,7 @@ def explained(engine: Engine, method: str, picture: bytes) -> bool:
 
 def test_probes_answer_at_once_while_the_worker_is_busy(service: Server, chelsea: bytes) -> None:
     slow = {"method": "rise", "gen_params": {"n": 20_000}, "timeout_s": 4}
-    body = {"images": [text_of(chelsea)], **slow}
+    body = {"images": [text_of(chelsea)] * 8, **slow}
 
     def ask(_number: int) -> int:
         with httpx.Client(base_url=service.url, timeout=60) as client:

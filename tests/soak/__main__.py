@@ -24,7 +24,7 @@ from benchmarks import others
 from service.models.repository import EMBEDDED
 from service.settings import Settings
 from tests.conftest import write_tiny
-from tests.server import Server, running
+from tests.server import Server, running, runs
 from tests.soak.cases import REAL, TINY, bad_cases, real_cases, tiny_cases, with_key
 from tests.soak.findings import LEDGER, Findings, bounds, tables
 from tests.soak.traffic import Clients, ask_alone
@@ -146,7 +146,7 @@ def _wait_for_compilers(server: Server) -> None:
 
 
 def _compilers(server: Server) -> list[psutil.Process]:
-    return [child for worker in server.workers() for child in worker.children() if _compiles(child)]
+    return [child for worker in server.workers() for child in worker.children() if runs(child, "spawn_main")]
 
 
 def _descriptors(server: Server) -> int:
@@ -173,13 +173,6 @@ async def _counters(url: str, key: str) -> dict[str, float]:
         if short in counters:
             counters[short] += float(value)
     return counters
-
-
-def _compiles(process: psutil.Process) -> bool:
-    try:
-        return "spawn_main" in " ".join(process.cmdline())
-    except psutil.Error:  # it is gone, or a zombie
-        return False
 
 
 def _end(server: Server, temporary: Path, found: Findings) -> None:
