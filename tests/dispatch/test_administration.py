@@ -126,3 +126,16 @@ async def test_a_worker_that_dies_over_a_load_leaves_it_to_its_successor(models:
         bench.worker.die()
         assert (await load).id == "tiny"
         (await bench.started()).serve("tiny")
+
+
+@on_loop
+async def test_a_repository_that_is_gone_has_no_model(models: Path) -> None:
+    async with Bench(models=models) as bench:
+        bench.worker.serve("tiny")
+        for folder in (*models.iterdir(), models):
+            folder.rmdir()
+        with pytest.raises(ModelNotFound):
+            await bench.dispatcher.load("tiny")
+        served = await bench.ask()
+        bench.worker.finish(1)
+        await served

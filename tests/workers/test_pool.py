@@ -315,3 +315,22 @@ def test_only_a_process_that_does_not_leave_in_time_is_killed() -> None:
     _wait_or_kill([polite, stubborn], 0)
     assert stubborn.gone.is_set()
     assert cast(Any, polite.process).calls == []
+
+
+@pytest.mark.parametrize(("stalled_s", "silent_s", "killed"), [(3.0, 0.0, True), (0.0, 3.0, True), (1.0, 1.0, False)])
+@on_loop
+async def test_a_worker_without_progress_or_a_sign_of_life_is_killed(
+    stalled_s: float, silent_s: float, killed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Bench(hang_s=2) as bench:
+        bench.worker.serve("tiny")
+        bench.worker.beat(stalled_s)
+        bench.worker.heard -= silent_s
+        with caplog.at_level(logging.ERROR):
+            bench.pool._end_hanging()
+        assert (cast(Any, bench.worker.process).calls == ["kill"]) is killed
+        assert ("shows no progress for 2 s" in caplog.text) is killed
+        bench.worker.beat()
+        cast(Any, bench.worker.process).calls.clear()
+        bench.pool._end_hanging()
+        assert cast(Any, bench.worker.process).calls == [], "it goes on"
