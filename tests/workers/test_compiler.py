@@ -30,6 +30,8 @@ from tests.conftest import write_tiny
 from tests.nets import close_to, pictures
 from tests.server import wait_until
 
+pytestmark = pytest.mark.alone  # a package that others disturb may seem slower than eager
+
 COMPILE_S = 240.0
 DEFAULT, EARLIER = "2", "0"  # the two convolutions of the tiny network
 
