@@ -161,7 +161,8 @@ def _separable(single: Package, head: fx.GraphModule, form: Form) -> bool:
 
 def _is_fastest(package: Package, others: Sequence[Package], images: Tensor) -> bool:
     """Whether it is, by the quickest of some runs in turn: of many, where they are so short that others disturb all."""
-    until, runs = time.perf_counter() + LOOK_S, []
+    runs: list[list[float]] = []
+    until = time.perf_counter() + LOOK_S
     while len(runs) < RUNS or time.perf_counter() < until:
         runs.append([_seconds(each, images) for each in (package, *others)])
     ours, *theirs = map(min, zip(*runs, strict=True))
