@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.conftest import write_tiny
+from tests.conftest import TINY_CODE, TINY_SPEC, write_tiny
 from tests.e2e.support import file_of
 
-CODE = """
+FAULTY = """
 import ctypes, os, signal, time
 import torch
 from torch import nn
@@ -49,28 +49,16 @@ touch.register_autograd(lambda context, gradient: gradient)
 class Touched(nn.Module):
     def forward(self, images):
         return torch.ops.NAME.touch(images)
-
-
-def build(classes=5):
-    torch.manual_seed(3)
-    net = nn.Sequential(
-        Touched(), nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(6 * 16 * 16, classes),
-    )
-    nn.init.normal_(net[-1].weight, 0, 0.02)
-    return net
 """
 
-SPEC = """
-architecture = "python:net:build"
-weights = "random:0"
-labels = "labels.txt"
-[input]
-size = [32, 32]
-fit = "stretch"
+CODE = FAULTY + TINY_CODE.replace("nn.Sequential(", "nn.Sequential(Touched(), ")
+SPEC = (
+    TINY_SPEC
+    + """
 mean = [0, 0, 0]
 std = [1, 1, 1]
 """
+)
 
 
 class Fault(IntEnum):

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 
 from service.errors import BodyTooLarge, DeadlineTooShort, QueueFull, TooManyPictures
 from service.settings import Settings
-from service.workers.messages import Answer, Job
+from service.workers.messages import BATCH_DELAY_S, Answer, Job
 from service.workers.pool import Pool, Worker
 
-BATCH_DELAY_S = 10.0
-"""A request that may wait has its turn as if it had come so much later."""
 LEAST_RETRY_S = 1.0
 
 

@@ -27,7 +27,6 @@ from service.workers.loader import Loader
 from service.workers.loading import describe
 from service.workers.messages import (
     BEAT_S,
-    EXIT_POISONED,
     Beat,
     Cancel,
     Hello,
@@ -39,6 +38,9 @@ from service.workers.messages import (
     ToParent,
     Unload,
 )
+
+EXIT_POISONED = 70
+"""The exit code of a worker whose device is lost to it."""
 
 logger = logging.getLogger(__name__)
 

@@ -19,13 +19,11 @@ from service.errors import DeadlineExceeded, ServiceError
 from service.explain.means import is_poisoned
 from service.models.resident import Model
 from service.workers.compute import Explained, Pixels, explain
+from service.workers.messages import BATCH_DELAY_S
 from service.workers.plan import Plan, Task
 from service.workers.progress import Progress
 
 logger = logging.getLogger(__name__)
-
-BATCH_DELAY_S = 10.0
-"""A request of the priority `batch` takes its turn as if it had come so much later: passed, but never for long."""
 
 E = TypeVar("E", bound=Exception)
 

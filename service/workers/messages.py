@@ -15,8 +15,8 @@ ClassRef = int | str
 SERVED_TYPE = "classification"
 Priority = Literal["interactive", "batch"]
 BEAT_S = 1.0
-EXIT_POISONED = 70
-"""The exit code of a worker whose device is lost to it."""
+BATCH_DELAY_S = 10.0
+"""A request that may wait has its turn as if it had come so much later: it is passed, but never for long."""
 State = Literal["loading", "ready", "failed", "unloaded"]
 
 

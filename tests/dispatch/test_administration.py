@@ -26,13 +26,19 @@ async def asked(bench: Bench) -> None:
         await worker.told.wait()
 
 
+async def loading(bench: Bench, model_id: str) -> asyncio.Task[ModelInfo]:
+    """A load of which every worker has been told."""
+    load = asyncio.create_task(bench.dispatcher.load(model_id))
+    await asked(bench)
+    return load
+
+
 @on_loop
 async def test_a_reload_serves_the_old_revision_until_every_worker_has_the_new_one(models: Path) -> None:
     async with Bench(devices=2, models=models) as bench:
         for worker in bench.workers:
             worker.serve("tiny")
-        load = asyncio.create_task(bench.dispatcher.load("tiny"))
-        await asked(bench)
+        load = await loading(bench, "tiny")
         assert [type(message) for worker in bench.workers for message in worker.sent] == [Load, Load]
         during = await bench.ask()
         assert not bench.dispatcher.not_ready()
@@ -49,8 +55,7 @@ async def test_a_reload_serves_the_old_revision_until_every_worker_has_the_new_o
 async def test_a_failed_reload_says_why_and_changes_nothing(models: Path) -> None:
     async with Bench(models=models) as bench:
         bench.worker.serve("tiny")
-        load = asyncio.create_task(bench.dispatcher.load("tiny"))
-        await asked(bench)
+        load = await loading(bench, "tiny")
         bench.worker.loaded("tiny", "weights are missing")
         with pytest.raises(ModelFailed, match=r"weights are missing; it is served as before"):
             await load
@@ -63,8 +68,7 @@ async def test_a_failed_reload_says_why_and_changes_nothing(models: Path) -> Non
 async def test_a_new_folder_becomes_a_model_and_readiness_does_not_dip(models: Path) -> None:
     async with Bench(models=models) as bench:
         bench.worker.serve("tiny")
-        load = asyncio.create_task(bench.dispatcher.load("other"))
-        await asked(bench)
+        load = await loading(bench, "other")
         assert list(bench.dispatcher.models()) == ["other", "tiny"]
         with pytest.raises(ModelLoading):
             await (await bench.ask("other"))
@@ -122,8 +126,7 @@ async def test_an_unload_answers_what_was_accepted_and_refuses_the_rest(models: 
 async def test_a_worker_that_dies_over_a_load_leaves_it_to_its_successor(models: Path) -> None:
     async with Bench(models=models) as bench:
         bench.worker.serve("tiny")
-        load = asyncio.create_task(bench.dispatcher.load("tiny"))
-        await asked(bench)
+        load = await loading(bench, "tiny")
         bench.worker.die()
         assert (await load).id == "tiny"
         (await bench.started()).serve("tiny")

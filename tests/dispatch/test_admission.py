@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from service.dispatch.admission import BATCH_DELAY_S
 from service.dispatch.costs import FORGET_S, MAX_KNOWN, RECENT, UNFINISHED, Costs
 from service.errors import DeadlineExceeded, DeadlineTooShort, QueueFull
-from service.workers.messages import ExplainRequest
+from service.workers.messages import BATCH_DELAY_S, ExplainRequest
 from tests.dispatch.support import Bench, on_loop, settle
 
 SLOW: dict[str, Any] = {"methods": ("score_cam",)}

@@ -22,7 +22,8 @@ from torch import Tensor
 from service.errors import DeadlineExceeded, OutOfDeviceMemory, ServiceError
 from service.models.resident import Model
 from service.workers.compute import Explained
-from service.workers.device import BATCH_DELAY_S, Computed, Device, Item, Order
+from service.workers.device import Computed, Device, Item, Order
+from service.workers.messages import BATCH_DELAY_S
 from service.workers.plan import make_plan
 from tests.nets import IMAGENET, close_to, hand, hand_picture, model_of, pictures, request, residual, varied
 from tests.server import wait_until
