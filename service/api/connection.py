@@ -54,7 +54,7 @@ class BoundedConnection(HttpToolsProtocol):
             return
         if self._head_bytes > self.settings.max_header_bytes:
             self._refuse(headers_too_large(self.settings.max_header_bytes))
-        elif self._head_timer is None:  # uvicorn ends its keep-alive timer for any byte, also for an empty line
+        elif self._head_bytes and self._head_timer is None:  # an empty line ends uvicorn's keep-alive timer, too
             self._start_head_timer()
 
     def on_message_begin(self) -> None:
@@ -69,6 +69,11 @@ class BoundedConnection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._head_bytes, self._in_head = 0, True
+        if self.cycle.response_complete:  # the body, of no use any more, ended uvicorn's keep-alive timer
+            self._stop_head_timer()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -86,6 +86,15 @@ def until_closed(connection: socket.socket) -> bytes:
     return received
 
 
+def until(words: bytes, connection: socket.socket) -> bytes:
+    received = b""
+    while words not in received:
+        data = connection.recv(65536)
+        assert data, f"the server closed after {received!r}"
+        received += data
+    return received
+
+
 def replies(received: bytes) -> list[Reply]:
     """The answers on a connection, one behind the other."""
     found = []
@@ -284,21 +293,30 @@ def test_a_connection_without_a_request_is_closed(guarded: Server, first: bytes,
     with connect(guarded) as connection:
         if first:
             connection.sendall(first)
-            received = b""
-            while b"alive" not in received:
-                received += connection.recv(65536)
+            until(b"alive", connection)
         if byte:
             assert not dripping(connection, byte).startswith(b"HTTP/1.1 200")
         else:
             assert until_closed(connection) == b""
 
 
+@pytest.mark.parametrize("late", [0, 1000], ids=["at once", "behind its answer"])
+def test_a_connection_is_kept_for_the_next_request(guarded: Server, late: int) -> None:
+    """For uvicorn's five seconds, longer than this server waits for headers or a body."""
+    with connect(guarded) as connection:
+        connection.sendall(head("Content-Length: 2000", verb="GET", url="/livez", close=False) + b"a" * (2000 - late))
+        until(b"alive", connection)
+        connection.sendall(b"a" * late)
+        time.sleep(2 * TIMEOUT_S)
+        connection.sendall(LIVE)
+        (reply,) = replies(until_closed(connection))
+    assert reply.status == 200
+
+
 def test_a_body_that_nobody_asked_for_is_not_awaited(guarded: Server) -> None:
     with connect(guarded) as connection:
         connection.sendall(head("Content-Length: 1000", verb="GET", url="/livez", close=False))
-        received = b""
-        while b"alive" not in received:
-            received += connection.recv(65536)
+        until(b"alive", connection)
         assert dripping(connection, b"a") == b""
 
 
@@ -310,9 +328,7 @@ def test_the_time_for_headers_is_not_that_for_answers(guarded: Server, photograp
     slow = head("Content-Type: application/json", f"Content-Length: {len(body)}", close=False) + body.encode()
     with connect(guarded) as connection:
         connection.sendall(slow + LIVE[:10])
-        received = b""
-        while b'"results":' not in received:
-            received += connection.recv(65536)
+        received = until(b'"results":', connection)
         connection.sendall(LIVE[10:])
         received += until_closed(connection)
     first, second = replies(received)
