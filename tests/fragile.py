@@ -78,6 +78,12 @@ def write_fragile(folder: Path) -> None:
     (folder / "net.py").write_text(CODE.replace("NAME", folder.name))  # operations have names for the whole process
 
 
+def write_deadly(folder: Path) -> None:
+    """A model whose load takes its process along."""
+    write_tiny(folder)
+    (folder / "net.py").write_text("import ctypes\n\n\ndef build():\n    ctypes.string_at(0)\n")
+
+
 def picture_of(fault: Fault, size: int = 32) -> bytes:
     """Another size is another file of the same effect."""
     return file_of(Image.new("RGB", (size, size), (fault.value, 7, 77)))

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from service.errors import BodyTooLarge, DeadlineTooShort, QueueFull, TooManyPictures
 from service.settings import Settings
 from service.workers.messages import BATCH_DELAY_S, Answer, Job
-from service.workers.pool import Pool, Worker
+from service.workers.pool import Pool
+from service.workers.worker import Worker
 
 LEAST_RETRY_S = 1.0
 

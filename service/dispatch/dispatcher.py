@@ -256,15 +256,15 @@ class Dispatcher:
         timings = dataclasses.replace(done.outcome.timings, queue=waited + done.outcome.timings.queue)
         ticket.answer.set_result(dataclasses.replace(done.outcome, timings=timings))
 
-    def lost(self, job_ids: tuple[int, ...], exit_code: int | None) -> None:
+    def lost(self, job_ids: tuple[int, ...], crashed: bool) -> None:
         """A worker died under these jobs: an explanation is a pure function, so each is tried once more."""
         self._retried.difference_update(job_ids)
         for job_id in job_ids:
             ticket = self._tickets.get(job_id)
             if ticket is None or ticket.answer.done():
                 continue
-            if len(job_ids) == 1:
-                self._quarantine.blame(ticket.job.request, exit_code)
+            if crashed and len(job_ids) == 1:
+                self._quarantine.blame(ticket.job.request)
             self._lose(ticket)
         self._hand_over()
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import signal
 import time
 from dataclasses import dataclass
 
 from service.errors import FieldError, PictureQuarantined
 from service.workers.messages import ExplainRequest
 
-CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE})
-"""Signals that a process brings upon itself; whoever sends SIGKILL has reasons of his own."""
 MAX_CRASHES = 2
 FORGET_S = 600.0
 
@@ -31,10 +28,8 @@ class Quarantine:
     def __init__(self) -> None:
         self._records: dict[bytes, _Record] = {}
 
-    def blame(self, request: ExplainRequest, exit_code: int | None) -> None:
-        """A worker left with `exit_code` while it had this request alone."""
-        if exit_code is None or -exit_code not in CRASHES:
-            return
+    def blame(self, request: ExplainRequest) -> None:
+        """A worker crashed while it had this request alone."""
         record = self._records.setdefault(_digest(request.pictures), _Record(0, 0.0))
         record.crashes += 1
         record.last = time.monotonic()

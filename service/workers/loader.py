@@ -12,7 +12,7 @@ from service.models.resident import Model
 from service.workers.compiler import Compiler
 from service.workers.engine import Engine
 from service.workers.loading import load_into
-from service.workers.messages import Load, Loaded, ModelChanged, ToParent, Unload
+from service.workers.messages import Load, Loaded, Loading, ModelChanged, ToParent, Unload
 
 
 class Loader:
@@ -50,6 +50,7 @@ class Loader:
 
     def _load(self, entry: Entry) -> str | None:
         """The reason why it failed. A model that cannot be read again is served as it was."""
+        self._send(Loading(entry.id))
         before = self._engine.models.get(entry.id)
         info = load_into(self._engine, entry, self._folder)
         if info.state == "failed" and before:

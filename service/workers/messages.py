@@ -208,6 +208,13 @@ class Beat:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """Child to parent: it begins to load this model; ModelChanged or Loaded tells that it has survived that."""
+
+    model_id: str
+
+
+@dataclass(frozen=True)
 class ModelChanged:
     """Child to parent: a model's state in this worker."""
 
@@ -232,4 +239,4 @@ class Done:
 
 
 ToChild = Job | Cancel | Load | Unload | Stop
-ToParent = Hello | Beat | ModelChanged | Loaded | Done
+ToParent = Hello | Beat | Loading | ModelChanged | Loaded | Done

@@ -26,6 +26,7 @@ from service.workers.messages import (
     Hello,
     Job,
     Loaded,
+    Loading,
     MethodInfo,
     ModelChanged,
     ModelInfo,
@@ -33,7 +34,8 @@ from service.workers.messages import (
     ToChild,
     ToParent,
 )
-from service.workers.pool import Pool, Worker
+from service.workers.pool import Pool
+from service.workers.worker import Worker
 
 P = ParamSpec("P")
 
@@ -85,7 +87,13 @@ class FakeProcess:
 class FakeWorker(Worker):
     """A worker whose process is the test."""
 
-    def __init__(self, device: str, receive: Callable[[Worker, ToParent | None], None], started: Callable[..., None]):
+    def __init__(
+        self,
+        device: str,
+        receive: Callable[[Worker, ToParent | None], None],
+        started: Callable[..., None],
+        folder: Path = Path("none"),
+    ) -> None:
         self.device = device
         self.jobs = {}
         self.models = {}
@@ -93,6 +101,7 @@ class FakeWorker(Worker):
         self.slots = 1
         self.stalled_s = 0.0
         self.heard = math.inf
+        self.loading = None
         self.asked = {}
         self.sent: list[ToChild] = []
         self.told = asyncio.Event()
@@ -104,6 +113,7 @@ class FakeWorker(Worker):
         self.stopped = False
         self._tell = receive
         self._started = started
+        self._folder = folder
 
     def start(self) -> None:
         self._started(self)
@@ -147,6 +157,10 @@ class FakeWorker(Worker):
     def loaded(self, model_id: str, reason: str | None = None) -> None:
         self._tell(self, Loaded(model_id, reason))
 
+    def load(self, model_id: str) -> None:
+        """Say that it begins to."""
+        self._tell(self, Loading(model_id))
+
     def beat(self, stalled_s: float = 0.0) -> None:
         self._tell(self, Beat(stalled_s))
 
@@ -163,7 +177,7 @@ class Bench:
         self.pool = Pool(self.settings, tuple(Entry(one, Path(one)) for one in model_ids or ("tiny",)))
         self.dispatcher = Dispatcher(self.settings, self.pool)
         self._devices = tuple(f"cuda:{index}" for index in range(devices))
-        self._patch = mock.patch.multiple(pool_module, Worker=self._make, _capture=mock.Mock())
+        self._patch = mock.patch.multiple(pool_module, Worker=self._make, capture=mock.Mock(return_value=None))
 
     async def __aenter__(self) -> Bench:
         self._loop = asyncio.get_running_loop()
@@ -190,7 +204,7 @@ class Bench:
         def started(worker: FakeWorker) -> None:
             self._loop.call_soon_threadsafe(self._started.put_nowait, worker)
 
-        return FakeWorker(device, receive, started)
+        return FakeWorker(device, receive, started, folder)
 
     @property
     def worker(self) -> FakeWorker:

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from service.dispatch.quarantine import CRASHES, FORGET_S, Quarantine
-from service.errors import PictureQuarantined, WorkerLost
+from service.dispatch.quarantine import FORGET_S, Quarantine
+from service.errors import PictureQuarantined, ServiceError, WorkerLost
 from service.workers.messages import ExplainRequest
 from tests.dispatch.support import Bench, on_loop, settle
 
@@ -25,28 +25,19 @@ def is_kept(quarantine: Quarantine, request: ExplainRequest) -> bool:
     return False
 
 
-@pytest.mark.parametrize("number", sorted(CRASHES))
-def test_two_crashes_are_one_too_many(number: signal.Signals) -> None:
+def test_two_crashes_are_one_too_many() -> None:
     quarantine = Quarantine()
-    quarantine.blame(showing(b"one"), -number)
+    quarantine.blame(showing(b"one"))
     assert not is_kept(quarantine, showing(b"one"))
-    quarantine.blame(showing(b"one"), -number)
+    quarantine.blame(showing(b"one"))
     assert is_kept(quarantine, showing(b"one"))
     assert not is_kept(quarantine, showing(b"other"))
-
-
-@pytest.mark.parametrize("exit_code", [-signal.SIGKILL, -signal.SIGTERM, 0, 1, 70, 255, signal.SIGSEGV, None])
-def test_no_other_exit_counts(exit_code: int | None) -> None:
-    quarantine = Quarantine()
-    for _ in range(5):
-        quarantine.blame(showing(b"one"), exit_code)
-    assert not is_kept(quarantine, showing(b"one"))
 
 
 def test_a_known_picture_is_named_among_others() -> None:
     quarantine = Quarantine()
     for _ in range(2):
-        quarantine.blame(showing("b25l"), -signal.SIGSEGV)
+        quarantine.blame(showing("b25l"))
     with pytest.raises(PictureQuarantined) as refused:
         quarantine.check(showing(b"harmless", "b25l"))
     assert [place.pointer for place in refused.value.errors] == ["/images/1"]
@@ -55,7 +46,7 @@ def test_a_known_picture_is_named_among_others() -> None:
 def test_of_several_pictures_none_is_held_guilty_alone() -> None:
     quarantine = Quarantine()
     for _ in range(2):
-        quarantine.blame(showing(b"one", b"two"), -signal.SIGABRT)
+        quarantine.blame(showing(b"one", b"two"))
     assert is_kept(quarantine, showing(b"one", b"two"))
     assert not is_kept(quarantine, showing(b"one"))
     assert not is_kept(quarantine, showing(b"two", b"one"))
@@ -65,13 +56,42 @@ def test_of_several_pictures_none_is_held_guilty_alone() -> None:
 def test_it_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     quarantine, now = Quarantine(), time.monotonic()
     for _ in range(2):
-        quarantine.blame(showing(b"one"), -signal.SIGSEGV)
+        quarantine.blame(showing(b"one"))
     monkeypatch.setattr(time, "monotonic", lambda: now + FORGET_S - 1)
     assert is_kept(quarantine, showing(b"one"))
     monkeypatch.setattr(time, "monotonic", lambda: now + FORGET_S + 1)
     assert not is_kept(quarantine, showing(b"one"))
-    quarantine.blame(showing(b"one"), -signal.SIGSEGV)
+    quarantine.blame(showing(b"one"))
     assert not is_kept(quarantine, showing(b"one")), "it starts anew"
+
+
+@pytest.mark.parametrize(
+    "exit_code", [-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGILL, -signal.SIGFPE]
+)
+@on_loop
+async def test_a_signal_that_a_worker_brings_upon_itself_counts(exit_code: int) -> None:
+    assert isinstance(await refusal_after(exit_code), PictureQuarantined)
+
+
+@pytest.mark.parametrize("exit_code", [-signal.SIGKILL, -signal.SIGTERM, 0, 1, 70, 255, signal.SIGSEGV])
+@on_loop
+async def test_no_other_exit_counts(exit_code: int) -> None:
+    assert isinstance(await refusal_after(exit_code), WorkerLost)
+
+
+async def refusal_after(exit_code: int) -> ServiceError:
+    """What a request is refused with when two workers ended under it in this way."""
+    async with Bench() as bench:
+        bench.worker.serve("tiny")
+        task = await bench.ask()
+        bench.worker.die(exit_code)
+        fresh = await bench.started()
+        fresh.serve("tiny")
+        await settle()
+        fresh.die(exit_code)
+        with pytest.raises(ServiceError) as refused:
+            await task
+    return refused.value
 
 
 @on_loop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.keys import make_key
 from tests.conftest import TINY_CODE, write_tiny
 from tests.e2e.support import RAW, Floats, map_of, post, same_map
+from tests.fragile import write_deadly
 from tests.server import Server, running, wait_until
 from tests.test_readme import COMMANDS
 
@@ -159,6 +161,20 @@ def test_a_new_folder_becomes_a_model(one: Operated, chelsea: bytes) -> None:
     assert [model["id"] for model in one.client.get("/models").json()["models"]] == ["new", "other", "tiny"]
     assert post(one.client, chelsea, "new").status_code == 200
     assert by_admin(one, "/models/new/unload").status_code == 200
+
+
+def test_a_new_model_whose_load_crashes_costs_no_worker(one: Operated, chelsea: bytes) -> None:
+    (worker,) = one.server.workers()
+    write_deadly(one.models / "deadly")
+    failed = by_admin(one, "/models/deadly/load")
+    assert (failed.status_code, failed.json()["code"]) == (503, "model_failed")
+    assert "the process that captured it was ended by signal 11" in failed.json()["detail"]
+    assert one.client.get("/models/deadly").json()["state"] == "failed"
+    assert [other.pid for other in one.server.workers()] == [worker.pid]
+    shutil.rmtree(one.models / "deadly")
+    write_tiny(one.models / "deadly")
+    assert by_admin(one, "/models/deadly/load").json()["state"] == "ready"
+    assert by_admin(one, "/models/deadly/unload").status_code == 200
 
 
 def metric(one: Operated, name: str, **labels: str) -> float:

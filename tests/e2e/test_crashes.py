@@ -11,8 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.conftest import write_tiny
 from tests.e2e.support import RAW, map_of, only, post, results, same_map
-from tests.fragile import Fault, harmless, picture_of, write_fragile
+from tests.fragile import Fault, harmless, picture_of, write_deadly, write_fragile
 from tests.server import Server, running, wait_until
 
 HANG_S = 3.0
@@ -164,3 +165,15 @@ def test_a_file_of_the_repository_that_is_gone_costs_the_replaced_worker_that_mo
         assert ask(client, harmless(4)).status_code == 200
         refused = post(client, harmless(4), "other")
         assert (refused.status_code, refused.json()["code"]) == (503, "model_failed")
+
+
+def test_a_model_whose_load_crashes_costs_nobody_the_others(tmp_path: Path) -> None:
+    write_deadly(tmp_path / "models" / "deadly")  # loaded first
+    write_tiny(tmp_path / "models" / "tiny")
+    with running(tmp_path, "--models", str(tmp_path / "models")) as server, server.client() as client:
+        failed = post(client, harmless(0), "deadly")
+        assert (failed.status_code, failed.json()["code"]) == (503, "model_failed")
+        assert "crashed a worker 2 times" in failed.json()["detail"]
+        worker = worker_of(server)
+        assert post(client, harmless(0)).status_code == 200
+        assert worker_of(server) == worker

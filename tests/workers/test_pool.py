@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import tempfile
 import threading
 from collections.abc import AsyncIterator
@@ -14,10 +15,12 @@ from typing import Any, cast
 import psutil
 import pytest
 
+from service.errors import PictureQuarantined, WorkerLost
 from service.models.repository import scan
 from service.settings import Settings
 from service.workers.messages import Answer, Done, ExplainRequest, Job, ModelInfo, ToParent
-from service.workers.pool import MAX_BACKOFF_S, Pool, Worker, _wait_or_kill
+from service.workers.pool import MAX_BACKOFF_S, Pool, _wait_or_kill
+from service.workers.worker import Worker
 from tests.conftest import DATA, write_tiny
 from tests.dispatch.support import METHOD, SLOW, Bench, FakeProcess, FakeWorker, answer, on_loop, settle
 
@@ -29,15 +32,15 @@ class Listening:
 
     def __init__(self) -> None:
         self.outcomes: asyncio.Queue[Done] = asyncio.Queue()
-        self.losses: asyncio.Queue[tuple[tuple[int, ...], int | None]] = asyncio.Queue()
+        self.losses: asyncio.Queue[tuple[tuple[int, ...], bool]] = asyncio.Queue()
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def done(self, job: Job, done: Done) -> None:
         self.outcomes.put_nowait(done)
 
-    def lost(self, job_ids: tuple[int, ...], exit_code: int | None) -> None:
-        self.losses.put_nowait((job_ids, exit_code))
+    def lost(self, job_ids: tuple[int, ...], crashed: bool) -> None:
+        self.losses.put_nowait((job_ids, crashed))
 
     def changed(self) -> None:
         self._tasks.add(asyncio.ensure_future(self._notify()))
@@ -103,7 +106,7 @@ async def test_a_real_worker_from_its_hello_to_its_end_with_a_death_in_between(
         for job_id in (7, 5):
             worker.submit(explain(job_id, pictures=64))
         worker.process.kill()
-        assert await listener.losses.get() == ((5, 7), -9)
+        assert await listener.losses.get() == ((5, 7), False)
         fresh = await listener.serving(pool)
         assert fresh is not worker
         assert fresh.process.pid != worker.process.pid
@@ -334,3 +337,82 @@ async def test_a_worker_without_progress_or_a_sign_of_life_is_killed(
         cast(Any, bench.worker.process).calls.clear()
         bench.pool._end_hanging()
         assert cast(Any, bench.worker.process).calls == [], "it goes on"
+
+
+# A model whose load crashes
+
+
+async def crash_loading(
+    bench: Bench, model_id: str, worker: FakeWorker, exit_code: int = -signal.SIGSEGV
+) -> FakeWorker:
+    worker.hello()
+    worker.load(model_id)
+    worker.die(exit_code)
+    return await bench.started()
+
+
+@on_loop
+async def test_a_model_that_crashes_two_workers_while_they_load_it_is_given_up() -> None:
+    async with Bench("tiny", "deadly") as bench:
+        fresh = await crash_loading(bench, "deadly", bench.worker)
+        assert bench.pool.models["deadly"].state == "loading"
+        fresh = await crash_loading(bench, "deadly", fresh)
+        info = bench.pool.models["deadly"]
+        assert info.state == "failed"
+        assert "crashed a worker 2 times" in (info.reason or "")
+        assert "signal 11" in (info.reason or "")
+        fresh.serve("tiny")
+        assert fresh.serves
+
+
+@pytest.mark.parametrize("exit_code", [-signal.SIGKILL, 70, 1])
+@on_loop
+async def test_of_another_end_the_model_is_not_held_guilty(exit_code: int, waits: list[float]) -> None:
+    async with Bench() as bench:
+        fresh = bench.worker
+        for _ in range(5):
+            fresh = await crash_loading(bench, "tiny", fresh, exit_code)
+        assert bench.pool.models["tiny"].state == "loading"
+
+
+@on_loop
+async def test_a_load_in_between_absolves_it(waits: list[float]) -> None:
+    async with Bench() as bench:
+        fresh = bench.worker
+        for _ in range(3):
+            fresh = await crash_loading(bench, "tiny", fresh)
+            fresh.load("tiny")
+            fresh.serve("tiny")
+        fresh.die(-signal.SIGSEGV)  # not while it loads
+        assert bench.pool.models["tiny"].state == "ready"
+
+
+@pytest.mark.parametrize(("loaded_before", "guilty"), [(True, True), (False, False)])
+@on_loop
+async def test_a_crash_during_a_first_load_is_no_proof_against_a_picture(loaded_before: bool, guilty: bool) -> None:
+    async with Bench("tiny", "other") as bench:
+        bench.worker.serve("tiny", *["other"] * loaded_before)
+        task = await bench.ask()
+        worker = bench.worker
+        for _ in range(2):
+            worker.load("other")
+            worker.die(-signal.SIGSEGV)
+            worker = await bench.started()
+            worker.serve("tiny")
+            await settle()
+        with pytest.raises(PictureQuarantined if guilty else WorkerLost):
+            await task
+        assert bench.pool.models["other"].state == ("ready" if loaded_before else "loading")
+
+
+@on_loop
+async def test_what_is_written_for_a_dead_worker_is_removed_again() -> None:
+    async with Bench() as bench:
+        folder = bench.worker.folder
+        bench.worker.die()
+        await bench.started()
+        for _ in range(2):
+            (folder / "inductor").mkdir(parents=True)
+            bench.pool._clear_away()
+            while await asyncio.to_thread(folder.exists):
+                await settle()
