@@ -16,7 +16,7 @@ from tests.e2e.support import post
 from tests.server import Server, running, wait_until
 
 MAX_QUEUE = 8
-SLOW: dict[str, Any] = {"method": "rise", "gen_params": {"n": 6000}, "timeout_s": 120}
+SLOW: dict[str, Any] = {"method": "rise", "gen_params": {"n": 3000}, "timeout_s": 120}
 
 
 @pytest.fixture(scope="module")

@@ -175,7 +175,7 @@ def maker(folder: Path, key: str) -> Iterator[tuple[SpawnProcess, Connection]]:
 
 
 def test_of_two_processes_one_makes_a_package_and_the_other_finds_it(folder: Path) -> None:
-    with maker(folder, "one") as (_, first), maker(folder, "one") as (_, second):
+    with maker(folder, "one") as (one, first), maker(folder, "one") as (other, second):
         assert [first.recv(), second.recv()] == ["waits", "waits"]
         faster = multiprocessing.connection.wait([first, second])[0]
         slower = second if faster is first else first
@@ -185,6 +185,8 @@ def test_of_two_processes_one_makes_a_package_and_the_other_finds_it(folder: Pat
         faster.send("go on")
         assert faster.recv() == "made it"
         assert slower.recv() == "found it"
+        one.join()
+        other.join()
     assert names(folder) == {"one"}
     assert (folder / "one" / "single.pt2").read_bytes() == b"whole"
 
