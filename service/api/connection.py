@@ -58,6 +58,7 @@ class BoundedConnection(HttpToolsProtocol):
             self._start_head_timer()
 
     def on_message_begin(self) -> None:
+        self._unset_keepalive_if_required()  # which may run since the bytes before these, of the same read
         super().on_message_begin()
         self._start_head_timer()
 

@@ -28,6 +28,8 @@ class Ticket:
     started: float | None = None
     worker: Worker | None = None
     losses: int = 0
+    suspect: bool = False
+    """A worker crashed that did nothing else."""
     cost: float = 0.0
     """Seconds of device work, as far as they can be told beforehand."""
 

@@ -232,6 +232,9 @@ class Dispatcher:
         for ticket in sorted(self._pending, key=lambda ticket: ticket.turn):
             worker = self._pool.free_worker(ticket.job.request.model_id, ticket.job.passable, alone)
             if worker is None:
+                self._refuse_failed(ticket)
+                continue
+            if ticket.suspect and not worker.serves:  # it would not be alone: models are being loaded
                 continue
             if ticket.losses:  # what may kill a worker again takes nobody along: it waits until this one is empty
                 alone.add(worker)
@@ -240,6 +243,16 @@ class Dispatcher:
             self._pending.remove(ticket)
             ticket.worker, ticket.started = worker, time.monotonic()
             worker.submit(ticket.job)
+
+    def _refuse_failed(self, ticket: Ticket) -> None:
+        """Do not let a request wait for a model that no worker could load again."""
+        try:
+            self.loaded(ticket.job.request.model_id)
+        except ModelLoading:
+            return
+        except ServiceError as error:
+            if not ticket.answer.done():
+                ticket.answer.set_exception(error)
 
     def done(self, job: Job, done: Done) -> None:
         """A worker answered a job, or says what was wrong with it."""
@@ -265,6 +278,7 @@ class Dispatcher:
                 continue
             if crashed and len(job_ids) == 1:
                 self._quarantine.blame(ticket.job.request)
+                ticket.suspect = True
             self._lose(ticket)
         self._hand_over()
 

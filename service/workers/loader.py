@@ -50,9 +50,10 @@ class Loader:
 
     def _load(self, entry: Entry) -> str | None:
         """The reason why it failed. A model that cannot be read again is served as it was."""
-        self._send(Loading(entry.id))
         before = self._engine.models.get(entry.id)
+        self._send(Loading(entry.id))
         info = load_into(self._engine, entry, self._folder)
+        self._send(Loading(None))
         if info.state == "failed" and before:
             return info.reason
         self._forget(before)

@@ -209,9 +209,9 @@ class Beat:
 
 @dataclass(frozen=True)
 class Loading:
-    """Child to parent: it begins to load this model; ModelChanged or Loaded tells that it has survived that."""
+    """Child to parent: it begins to load this model, or has survived that (None)."""
 
-    model_id: str
+    model_id: str | None
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from service.workers.messages import (
     ToParent,
     Unload,
 )
-from service.workers.worker import Worker, capture
+from service.workers.worker import Capture, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ class Pool:
         self._failures: dict[str, int] = {}
         self._crashes: dict[str, int] = {}
         self._folder: tempfile.TemporaryDirectory[str]
+        self._capture: Capture | None = None
         self._left: dict[Path, float] = {}
         self._starts: set[asyncio.Task[None]] = set()
         self._watch: asyncio.TimerHandle
@@ -80,7 +81,7 @@ class Pool:
     async def start(self, devices: tuple[str, ...], listener: Listener) -> None:
         """Start one worker per device, keep one there until `stop`, and tell `listener` what happens."""
         self._listener = listener
-        self._folder = tempfile.TemporaryDirectory(prefix="heatmap-service-")
+        self._folder = tempfile.TemporaryDirectory(prefix="heatmap-service-", ignore_cleanup_errors=True)
         for device in devices:
             await self._start_worker(device)
         self._look_after()
@@ -88,10 +89,12 @@ class Pool:
     def free_worker(self, model_id: str, passable: bool, closed: Collection[Worker] = ()) -> Worker | None:
         """The least busy worker, none of the `closed`, that has the model and room for a picture.
 
+        None that is still to load a model which crashed one before: the next crash must tell who it was.
         A request may have more pictures than there is room: were it to wait for more, small ones would always be first.
         """
         workers = (worker for worker in self.workers if worker not in closed and worker.has(model_id))
-        free = [worker for worker in workers if worker.has_room(passable)]
+        safe = (worker for worker in workers if worker.models.keys() >= self._crashes.keys())
+        free = [worker for worker in safe if worker.has_room(passable)]
         return min(free, key=lambda worker: worker.pictures, default=None)
 
     async def load(self, model_id: str) -> str | None:
@@ -108,8 +111,9 @@ class Pool:
                 known = {**self.models, model_id: ModelInfo(model_id, state="loading")}
                 self.models = dict(sorted(known.items()))
             for device in {worker.device for worker in self.workers}:
-                if reason := await asyncio.to_thread(capture, entries[model_id], device, Path(self._folder.name)):
-                    self._give_up(model_id, reason)
+                self._capture = Capture(entries[model_id], device, Path(self._folder.name))
+                if reason := await asyncio.to_thread(self._capture.run):
+                    self._fail(model_id, reason)
                     return reason
             self._entries[model_id] = entries[model_id]
             reasons = await self._ask_all(Load(entries[model_id]), model_id)
@@ -124,8 +128,8 @@ class Pool:
     async def unload(self, model_id: str) -> None:
         """Have every worker let go of a model that no job is under way for."""
         async with self._administration:
-            self._entries.pop(model_id, None)
             self.models[model_id] = replace(self.models[model_id], state="unloaded", reason=None)
+            self._drop(model_id)
             for worker in self.workers:
                 worker.models.pop(model_id, None)
             await self._ask_all(Unload(model_id), model_id)
@@ -143,6 +147,8 @@ class Pool:
         """Let the workers finish what they do, for `timeout_s` seconds at most; afterwards none is left."""
         self._stopping = True
         self._watch.cancel()
+        if self._capture:
+            self._capture.cancel()
         for task in self._starts:
             task.cancel()
         await asyncio.gather(*self._starts, return_exceptions=True)
@@ -159,8 +165,10 @@ class Pool:
             await asyncio.shield(start)
         except asyncio.CancelledError:  # `stop` must find a process that is there, or none
             await asyncio.wait([start])
+            if start.exception():
+                self.workers.remove(worker)
             raise
-        except OSError:
+        except Exception:  # no memory, no process, no thread, or the process that forks is gone
             logger.exception("worker %s could not be started", device)
             self._replace(worker)
             return
@@ -198,6 +206,7 @@ class Pool:
                 self._check_serves(worker)
                 self.methods = message.methods
             case Loaded():
+                self._crashes.pop(message.model_id, None)
                 if asked := worker.asked.pop(message.model_id, None):
                     asked.set_result(message.reason)
             case ModelChanged(info=info) if info.id in self._entries:
@@ -220,6 +229,8 @@ class Pool:
             self._failures[worker.device] = 0
 
     def _replace(self, worker: Worker) -> None:
+        if worker not in self.workers:
+            return
         self.workers.remove(worker)
         for asked in worker.asked.values():
             asked.set_result(None)
@@ -243,19 +254,25 @@ class Pool:
         task.add_done_callback(self._starts.discard)
 
     def _judge(self, worker: Worker) -> bool:
-        """Whether its jobs may have crashed a worker. A model that crashes those that load it is given up."""
+        """Whether its jobs may be to blame for its end. A model is that crashes who loads it, and is given up."""
         model_id = worker.loading
-        if not worker.crashed or model_id is None or model_id not in self._entries:
+        if not worker.crashed or model_id is None:
             return worker.crashed
-        if worker.jobs:
-            return self.models[model_id].state != "loading"  # it was loaded before; else it may be either
-        self._crashes[model_id] = self._crashes.get(model_id, 0) + 1
-        if self._crashes[model_id] == MAX_CRASHES:
-            del self._crashes[model_id], self._entries[model_id]
-            self._give_up(model_id, f"its load crashed a worker {MAX_CRASHES} times, {worker.ending}")
+        if model_id in self._entries:
+            self._crashes[model_id] = self._crashes.get(model_id, 0) + 1
+            if self._crashes[model_id] == MAX_CRASHES:
+                self._drop(model_id)
+                self._fail(model_id, f"its load crashed a worker {MAX_CRASHES} times, which {worker.ending}")
         return False
 
-    def _give_up(self, model_id: str, reason: str) -> None:
+    def _drop(self, model_id: str) -> None:
+        """No worker is to load it any more, or to be waited for because it has not yet."""
+        self._entries.pop(model_id, None)
+        self._crashes.pop(model_id, None)
+        for worker in self.workers:
+            self._check_serves(worker)
+
+    def _fail(self, model_id: str, reason: str) -> None:
         if not any(worker.has(model_id) for worker in self.workers):
             logger.error("model %s is given up: %s", model_id, reason)
             self.models[model_id] = ModelInfo(model_id, state="failed", reason=reason)

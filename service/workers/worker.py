@@ -24,9 +24,7 @@ from service.workers.messages import (
     Cancel,
     Hello,
     Job,
-    Loaded,
     Loading,
-    ModelChanged,
     ModelInfo,
     Stop,
     ToChild,
@@ -36,6 +34,7 @@ from service.workers.messages import (
 CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE})
 """Signals that a process brings upon itself; whoever sends SIGKILL has reasons of his own."""
 EXIT_S = 5.0
+CAPTURE_S = 600.0
 MAX_TEMPORARY = 70
 """Characters of the temporary folder's path, so that a socket's in it has no more than 107."""
 
@@ -74,12 +73,20 @@ class Worker:
         )
 
     def start(self) -> None:
-        """Start the process and the threads that talk to it. Blocks while the process is spawned."""
+        """Start the process and the threads that talk to it. Blocks while the process is spawned.
+
+        Raises what a machine without room for them says; no process is left then.
+        """
         self.process.start()
         self.heard = time.monotonic()
         self._child_end.close()
-        threading.Thread(target=self._read, name=f"read-{self.device}", daemon=True).start()
-        threading.Thread(target=self._write, name=f"write-{self.device}", daemon=True).start()
+        try:
+            threading.Thread(target=self._write, name=f"write-{self.device}", daemon=True).start()
+            threading.Thread(target=self._read, name=f"read-{self.device}", daemon=True).start()
+        except RuntimeError:
+            self._outbox.put(None)
+            self.process.kill()
+            raise
 
     def hear(self, message: ToParent | None) -> None:
         """Remember what the process tells of itself."""
@@ -91,8 +98,6 @@ class Worker:
                 self.capacity, self.slots = message.capacity, message.slots
             case Loading():
                 self.loading = message.model_id
-            case ModelChanged(info=ModelInfo(id=model_id)) | Loaded(model_id=model_id) if model_id == self.loading:
-                self.loading = None
 
     def has(self, model_id: str) -> bool:
         """Whether this worker can explain with the model now."""
@@ -171,12 +176,29 @@ class Worker:
                     self._connection.send(message)
 
 
-def capture(model: Entry, device: str, folder: Path) -> str | None:
-    """Capture a model into `folder` in a process of its own. Returns the reason where this did not survive it."""
-    process = _context(device).Process(target=entry.capture, args=(model, device, folder), daemon=True)
-    process.start()
-    process.join()
-    return f"the process that captured it {_ending(process.exitcode)}" if process.exitcode else None
+class Capture:
+    """A process that captures a model, which is not to stall what serves, nor to take it along."""
+
+    def __init__(self, model: Entry, device: str, folder: Path) -> None:
+        """`folder` is where workers find what is captured."""
+        self._process = _context(device).Process(target=entry.capture, args=(model, device, folder), daemon=True)
+        self._cancelled = False
+
+    def run(self) -> str | None:
+        """Run it to its end. Returns the reason where it did not survive that."""
+        self._process.start()
+        self._process.join(0 if self._cancelled else CAPTURE_S)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+            return f"it was not captured within {CAPTURE_S:g} seconds"
+        return f"the process that captured it {_ending(self._process.exitcode)}" if self._process.exitcode else None
+
+    def cancel(self) -> None:
+        """End it, also where it has not begun."""
+        self._cancelled = True
+        if self._process.is_alive():
+            self._process.kill()
 
 
 def _ending(exit_code: int | None) -> str:

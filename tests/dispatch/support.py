@@ -157,8 +157,8 @@ class FakeWorker(Worker):
     def loaded(self, model_id: str, reason: str | None = None) -> None:
         self._tell(self, Loaded(model_id, reason))
 
-    def load(self, model_id: str) -> None:
-        """Say that it begins to."""
+    def load(self, model_id: str | None) -> None:
+        """Say that it begins to, or that it has survived that."""
         self._tell(self, Loading(model_id))
 
     def beat(self, stalled_s: float = 0.0) -> None:
@@ -177,7 +177,8 @@ class Bench:
         self.pool = Pool(self.settings, tuple(Entry(one, Path(one)) for one in model_ids or ("tiny",)))
         self.dispatcher = Dispatcher(self.settings, self.pool)
         self._devices = tuple(f"cuda:{index}" for index in range(devices))
-        self._patch = mock.patch.multiple(pool_module, Worker=self._make, capture=mock.Mock(return_value=None))
+        capture = mock.Mock(**{"return_value.run.return_value": None})
+        self._patch = mock.patch.multiple(pool_module, Worker=self._make, Capture=capture)
 
     async def __aenter__(self) -> Bench:
         self._loop = asyncio.get_running_loop()

@@ -417,6 +417,22 @@ async def test_a_request_whose_worker_dies_twice_is_lost() -> None:
 
 
 @on_loop
+async def test_a_request_does_not_wait_for_a_model_that_could_not_be_loaded_again() -> None:
+    async with Bench() as bench:
+        bench.worker.serve("tiny")
+        task = await bench.ask()
+        bench.worker.die()
+        fresh = await bench.started()
+        fresh.hello()
+        await settle()
+        assert not task.done()
+        fresh.tell(ModelInfo("tiny", "failed", reason="it is gone"))
+        with pytest.raises(ModelFailed, match="it is gone"):
+            await task
+        await nothing_left(bench)
+
+
+@on_loop
 async def test_a_request_that_kills_its_worker_twice_costs_no_other_request() -> None:
     async with Bench() as bench:
         worker = bench.worker

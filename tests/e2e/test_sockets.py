@@ -313,6 +313,18 @@ def test_a_connection_is_kept_for_the_next_request(guarded: Server, late: int) -
     assert reply.status == 200
 
 
+def test_a_request_that_comes_with_the_end_of_a_refused_one_has_its_time(guarded: Server, photograph: bytes) -> None:
+    """More than the five seconds that a connection is kept without one."""
+    fields = {"images": [text_of(photograph)] * 8, "method": "rise", "gen_params": {"n": 20_000}, "timeout_s": 6}
+    slow = typed(json.dumps(fields).encode(), "application/json")
+    with connect(guarded) as connection:
+        connection.sendall(head("Content-Length: 1000", verb="GET", url="/livez", close=False))
+        received = until(b"alive", connection)
+        connection.sendall(b"a" * 1000 + slow)
+        first, second = replies(received + until_closed(connection))
+    assert (first.status, second.problem["code"]) == (200, "deadline_exceeded")
+
+
 def test_a_body_that_nobody_asked_for_is_not_awaited(guarded: Server) -> None:
     with connect(guarded) as connection:
         connection.sendall(head("Content-Length: 1000", verb="GET", url="/livez", close=False))

@@ -206,14 +206,17 @@ async def test_it_is_tried_again_for_ever(waits: list[float]) -> None:
         assert waits == [MAX_BACKOFF_S]
 
 
+@pytest.mark.parametrize("error", [OSError(11, "Try again"), EOFError(), RuntimeError("can't start new thread")])
 @on_loop
-async def test_a_start_that_fails_is_repeated(waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_start_that_fails_is_repeated(
+    error: Exception, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with Bench() as bench:
         start = FakeWorker.start
 
         def fail_once(worker: FakeWorker) -> None:
             monkeypatch.setattr(FakeWorker, "start", start)
-            raise OSError(11, "Resource temporarily unavailable")
+            raise error
 
         monkeypatch.setattr(FakeWorker, "start", fail_once)
         bench.worker.die()
@@ -382,27 +385,109 @@ async def test_a_load_in_between_absolves_it(waits: list[float]) -> None:
         for _ in range(3):
             fresh = await crash_loading(bench, "tiny", fresh)
             fresh.load("tiny")
+            fresh.load(None)
             fresh.serve("tiny")
+            fresh.loaded("tiny")
         fresh.die(-signal.SIGSEGV)  # not while it loads
         assert bench.pool.models["tiny"].state == "ready"
 
 
-@pytest.mark.parametrize(("loaded_before", "guilty"), [(True, True), (False, False)])
+@pytest.mark.parametrize("served_before", [False, True])
 @on_loop
-async def test_a_crash_during_a_first_load_is_no_proof_against_a_picture(loaded_before: bool, guilty: bool) -> None:
-    async with Bench("tiny", "other") as bench:
-        bench.worker.serve("tiny", *["other"] * loaded_before)
+async def test_on_a_busy_server_it_is_the_model_that_is_blamed(served_before: bool) -> None:
+    """Which loads behind the one that serves; nothing else runs when it is tried again."""
+    async with Bench("tiny", "deadly") as bench:
+        bench.worker.serve("tiny", *["deadly"] * served_before)
         task = await bench.ask()
+        bench.worker.load("deadly")
+        bench.worker.die(-signal.SIGSEGV)
+        again = await bench.started()
+        again.serve("tiny")
+        await settle()
+        assert again.ids == [], "not before it is known what crashed"
+        again.load("deadly")
+        again.die(-signal.SIGSEGV)
+        fresh = await bench.started()
+        fresh.serve("tiny")
+        await settle()
+        assert bench.pool.models["deadly"].state == "failed"
+        assert fresh.serves
+        fresh.finish(1)
+        await task
+
+
+@on_loop
+async def test_a_picture_that_crashes_a_worker_which_loads_costs_no_model(waits: list[float]) -> None:
+    async with Bench("tiny", "other") as bench:
         worker = bench.worker
-        for _ in range(2):
-            worker.load("other")
-            worker.die(-signal.SIGSEGV)
-            worker = await bench.started()
-            worker.serve("tiny")
-            await settle()
-        with pytest.raises(PictureQuarantined if guilty else WorkerLost):
+        worker.serve("tiny")
+        task = await bench.ask()
+        worker.load("other")
+        worker.die(-signal.SIGSEGV)  # by the picture
+        worker = await bench.started()
+        worker.serve("tiny", "other")
+        await settle()
+        assert worker.ids == [1], "it was tried again when everything was loaded"
+        worker.die(-signal.SIGSEGV)
+        with pytest.raises(WorkerLost):
             await task
-        assert bench.pool.models["other"].state == ("ready" if loaded_before else "loading")
+        worker = await bench.started()
+        worker.serve("tiny", "other")
+        task = await bench.ask()
+        worker.die(-signal.SIGSEGV)
+        (await bench.started()).serve("tiny", "other")
+        with pytest.raises(PictureQuarantined):
+            await task
+        assert bench.pool.models["other"].state == "ready"
+
+
+@on_loop
+async def test_a_picture_that_crashed_a_worker_alone_is_alone_again_when_it_is_tried_again() -> None:
+    async with Bench("tiny", "other") as bench:
+        bench.worker.serve("tiny", "other")
+        task = await bench.ask()
+        bench.worker.die(-signal.SIGSEGV)
+        fresh = await bench.started()
+        fresh.serve("tiny")
+        innocent = await bench.ask()
+        assert fresh.ids == [2], "models are still being loaded"
+        fresh.finish(2)
+        await innocent
+        fresh.tell(ModelInfo("other", "ready"))
+        await settle()
+        assert fresh.ids == [2, 1]
+        fresh.die(-signal.SIGSEGV)
+        with pytest.raises(PictureQuarantined):
+            await task
+
+
+@on_loop
+async def test_a_worker_serves_when_the_last_model_that_it_loads_is_unloaded() -> None:
+    async with Bench("tiny", "other") as bench:
+        bench.worker.serve("tiny")
+        assert not bench.worker.serves
+        unload = asyncio.create_task(bench.pool.unload("other"))
+        await settle()
+        bench.worker.tell(ModelInfo("other", "ready"))
+        bench.worker.loaded("other")
+        await unload
+        assert bench.worker.serves
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@on_loop
+async def test_a_stop_does_not_wait_for_a_model_that_takes_for_ever_to_load(begun: bool, tmp_path: Path) -> None:
+    listener, began = Listening(), tmp_path / "began"
+    write_tiny(tmp_path / "models" / "tiny")
+    async with pool_of(tmp_path / "models", listener) as pool:
+        await listener.serving(pool)
+        write_tiny(tmp_path / "models" / "stuck")
+        code = f"import time\n\n\ndef build():\n    open({str(began)!r}, 'w').close()\n    time.sleep(1000)\n"
+        (tmp_path / "models" / "stuck" / "net.py").write_text(code)
+        load = asyncio.create_task(pool.load("stuck"))
+        while not (await asyncio.to_thread(began.exists) if begun else pool._capture):
+            await settle()
+    assert (await load) is not None
 
 
 @on_loop
