@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Depends, Path, Query, Request
 
 from service.api import openapi
+from service.api.fields import check_names
 from service.api.responses import ClassLabel, ClassList, Layer, LayerList, Method, MethodList, Model, ModelList
 from service.dispatch.dispatcher import Dispatcher
-from service.errors import ModelFailed, ModelLoading, ModelNotFound, ModelTypeNotSupported, NoWorker
+from service.errors import InvalidRequest, ModelFailed, ModelLoading, ModelNotFound, ModelTypeNotSupported, NoWorker
 
 ModelId = Annotated[str, Path(alias="id", description="A model's id, from `GET /models`.")]
 NamePart = Annotated[str, Query(description="A part of the name, whatever its case; or the digits of an id.")]
@@ -18,21 +19,37 @@ NamePart = Annotated[str, Query(description="A part of the name, whatever its ca
 def create_router(dispatcher: Dispatcher) -> APIRouter:
     """The GET endpoints under `/models` and `/methods`."""
     router = APIRouter(tags=["catalogue"])
-    model_problems = openapi.problems(ModelNotFound)
-    detail_problems = openapi.problems(ModelNotFound, ModelTypeNotSupported, ModelLoading, ModelFailed)
+    model_problems = openapi.problems(ModelNotFound, InvalidRequest)
+    detail_problems = openapi.problems(ModelNotFound, InvalidRequest, ModelTypeNotSupported, ModelLoading, ModelFailed)
 
-    @router.get("/models", summary="List the models", operation_id="listModels")
+    @router.get(
+        "/models",
+        summary="List the models",
+        operation_id="listModels",
+        responses=openapi.problems(InvalidRequest),
+        dependencies=[_takes()],
+    )
     async def list_models() -> ModelList:
         """Every model of the repository, also those that load or failed."""
         return ModelList(models=[Model.model_validate(info) for info in dispatcher.models().values()])
 
-    @router.get("/models/{id}", summary="Describe a model", operation_id="getModel", responses=model_problems)
+    @router.get(
+        "/models/{id}",
+        summary="Describe a model",
+        operation_id="getModel",
+        responses=model_problems,
+        dependencies=[_takes()],
+    )
     async def get_model(model_id: ModelId) -> Model:
         """One model: its state, its input, its layers of note."""
         return Model.model_validate(dispatcher.model(model_id))
 
     @router.get(
-        "/models/{id}/layers", summary="List a model's layers", operation_id="listLayers", responses=detail_problems
+        "/models/{id}/layers",
+        summary="List a model's layers",
+        operation_id="listLayers",
+        responses=detail_problems,
+        dependencies=[_takes()],
     )
     async def list_layers(model_id: ModelId) -> LayerList:
         """The summary of the network: which layers can be `target_conv_layer`, and why others can't."""
@@ -40,7 +57,11 @@ def create_router(dispatcher: Dispatcher) -> APIRouter:
         return LayerList(layers=[Layer.model_validate(layer) for layer in info.layers])
 
     @router.get(
-        "/models/{id}/classes", summary="List a model's classes", operation_id="listClasses", responses=detail_problems
+        "/models/{id}/classes",
+        summary="List a model's classes",
+        operation_id="listClasses",
+        responses=detail_problems,
+        dependencies=[_takes("query")],
     )
     async def list_classes(model_id: ModelId, query: NamePart = "") -> ClassList:
         """The classes that the model knows, or those that match the query."""
@@ -55,10 +76,23 @@ def create_router(dispatcher: Dispatcher) -> APIRouter:
         )
 
     @router.get(
-        "/methods", summary="List the heatmap methods", operation_id="listMethods", responses=openapi.problems(NoWorker)
+        "/methods",
+        summary="List the heatmap methods",
+        operation_id="listMethods",
+        responses=openapi.problems(InvalidRequest, NoWorker),
+        dependencies=[_takes()],
     )
     async def list_methods() -> MethodList:
         """The methods and, as JSON Schema, their `gen_params`."""
         return MethodList(methods=[Method.model_validate(info) for info in dispatcher.methods()])
 
     return router
+
+
+def _takes(*names: str) -> Any:
+    """The FastAPI dependency that refuses other names in the query, which FastAPI would not look at."""
+
+    async def check(request: Request) -> None:
+        check_names(request.query_params.multi_items(), names)
+
+    return Depends(check)

@@ -13,13 +13,13 @@ import re
 
 from fastapi import APIRouter
 from fastapi.openapi.docs import get_swagger_ui_html
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, RedirectResponse
 
 CDN = "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/"
 
 
 def create_router(title: str) -> APIRouter:
-    """`GET /docs`."""
+    """`GET /docs`, and `GET /`, which leads there."""
     router = APIRouter()
     page = bytes(
         get_swagger_ui_html(
@@ -39,6 +39,10 @@ def create_router(title: str) -> APIRouter:
     @router.get("/docs", include_in_schema=False)
     async def get_docs() -> HTMLResponse:
         return HTMLResponse(page, headers=headers)
+
+    @router.get("/", include_in_schema=False)
+    async def get_root() -> RedirectResponse:
+        return RedirectResponse("docs")  # relative, as the page's openapi.json: a proxy may put the service in a folder
 
     return router
 

@@ -55,6 +55,20 @@ def from_text(items: Iterable[tuple[str, str]]) -> dict[str, object]:
     }
 
 
+def check_names(query: Iterable[tuple[str, str]], known: Sequence[str]) -> None:
+    """Refuse what is not known in the query of a path without a body, and a name that is given twice."""
+    texts: dict[str, list[str]] = {}
+    for name, text in query:
+        texts.setdefault(name, []).append(text)
+    unknown = [name for name in texts if name not in known]
+    if unknown and not known:
+        raise wrong(_pointer(unknown[:1], texts)[:MAX_ECHO], "There is no such field; the path takes none.")
+    if unknown:
+        raise _unknown_fields(unknown, known)
+    for name, given in texts.items():
+        _single(name, given)
+
+
 def merge(query: Mapping[str, object], body: Mapping[str, object]) -> dict[str, object]:
     """Fields of query and body together; none may be in both."""
     for name in sorted(query.keys() & body.keys()):

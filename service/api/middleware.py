@@ -79,6 +79,23 @@ class DefectMiddleware:
             await problem(scope, defect)(scope, receive, send)
 
 
+class HeadMiddleware:
+    """Pure ASGI, next to the routes, which answer HEAD as GET; uvicorn, whose scope still says HEAD, drops the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("method") != "HEAD":
+            await self.app(scope, receive, send)
+            return
+        as_get = {**scope, "method": "GET"}
+        try:
+            await self.app(as_get, receive, send)
+        finally:
+            scope["path_params"] = as_get.get("path_params", {})  # for the log
+
+
 def server_timing(timings: Timings | None, total: float) -> str:
     """The header's value: the stages that did work, then the total, in milliseconds."""
     stages = {**(vars(timings) if timings else {}), "total": total}

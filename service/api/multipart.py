@@ -61,12 +61,17 @@ class _Form:
         part = self.parts[-1]
         part.name = options[b"name"].decode()
         part.filename = options[b"filename"].decode(errors="replace") if b"filename" in options else None
-        _check_kind(part)
+        if part.filename is not None and part.name not in PICTURE_PARTS:
+            raise wrong(
+                f"/{part.name[:MAX_ECHO]}", "The part is a file; a file is a picture, in a part image or images."
+            )
         if sum(part.filename is not None for part in self.parts) > self._max_pictures:
             raise too_many_pictures(self._max_pictures)
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         part = self.parts[-1]
+        if part.filename is None and part.name in PICTURE_PARTS:
+            raise wrong(f"/{part.name}", "A picture is a file part: give the part a filename.")
         part.chunks.append(data[start:end])
         part.size += end - start
         if part.filename is None and part.size > MAX_FIELD_BYTES:
@@ -88,7 +93,11 @@ async def read_form(
     form = _Form(max_pictures, max_parts)
     try:
         await _parse(form, content_type, chunks)
-        texts = [(part.name, b"".join(part.chunks).decode()) for part in form.parts if part.filename is None]
+        texts = [
+            (part.name, b"".join(part.chunks).decode())
+            for part in form.parts
+            if part.filename is None and part.name not in PICTURE_PARTS  # an empty text there is no picture
+        ]
     except (FormParserError, UnicodeDecodeError) as error:
         raise MalformedBody(f"The form cannot be read: {error}.") from None
     if not form.ended:
@@ -117,11 +126,3 @@ async def _parse(form: _Form, content_type: str, chunks: AsyncIterator[bytes]) -
     )
     async for chunk in chunks:
         parser.write(chunk)
-
-
-def _check_kind(part: _Part) -> None:
-    """Pictures are files, and nothing else is one."""
-    if part.name in PICTURE_PARTS and part.filename is None:
-        raise wrong(f"/{part.name}", "A picture is a file part: give the part a filename.")
-    if part.name not in PICTURE_PARTS and part.filename is not None:
-        raise wrong(f"/{part.name[:MAX_ECHO]}", "The part is a file; a file is a picture, in a part image or images.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any
 
 from fastapi import FastAPI
@@ -23,6 +24,7 @@ PICTURES = {
     "type": "array",
     "items": BINARY,
     "minItems": 1,
+    "default": [],  # else Swagger's page sends the text "string"
     "description": "Pictures; JPEG, PNG, WebP, GIF, BMP, TIFF.",
 }
 BASE64_PICTURES = {
@@ -144,7 +146,13 @@ def _with_images(kind: type[InferFields], name: str) -> Schema:
 
 
 def _query_parameter(name: str, schema: Schema) -> Schema:
-    parameter = {"name": name, "in": "query", "required": False, "description": schema.get("description", "")}
-    if schema.get("type") == "object":  # an object in a query is written as JSON
-        return {**parameter, "content": {"application/json": {"schema": schema}}}
-    return {**parameter, "schema": schema}
+    """The default is told in words: one of the schema's would be sent by Swagger's page, beside the one in the body."""
+    description = schema["description"]
+    default = schema.get("default")
+    if default is not None:
+        description += f" Default: `{default if isinstance(default, str) else json.dumps(default)}`."
+    bare = {key: value for key, value in schema.items() if key not in ("default", "examples", "description")}
+    if schema.get("type") == "object":  # the page sends a made-up object, and with a contentMediaType nothing at all
+        bare = {"type": "string"}
+        description += " Written as JSON."
+    return {"name": name, "in": "query", "required": False, "description": description, "schema": bare}

@@ -79,6 +79,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         return problem(request.scope, _path_not_found(request))
     headers = dict(error.headers or {})
     if error.status_code == MethodNotAllowed.status:
+        if "Allow" in headers:
+            headers["Allow"] = _with_head(headers["Allow"])
         detail = (
             f"{request.method} is not for {request.url.path[:MAX_PATH]}; it takes {headers.get('Allow', 'others')}."
         )
@@ -88,6 +90,11 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     phrase = HTTPStatus(error.status_code).phrase
     code = re.sub(r"\W+", "_", phrase.lower())
     return _response(request.scope, error.status_code, code, phrase, error.detail, headers)
+
+
+def _with_head(allow: str) -> str:
+    verbs = set(allow.split(", "))
+    return ", ".join(sorted(verbs | {"HEAD"} if "GET" in verbs else verbs))
 
 
 def _path_not_found(request: Request) -> PathNotFound:

@@ -6,7 +6,7 @@ from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from service.api import admin, catalogue, docs, health, inference, keys, metrics, openapi, problems
-from service.api.middleware import DefectMiddleware, FrameMiddleware
+from service.api.middleware import DefectMiddleware, FrameMiddleware, HeadMiddleware
 from service.api.rate import Rate
 from service.dispatch.dispatcher import Dispatcher
 from service.keys import read_keys
@@ -25,12 +25,13 @@ def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
     needs = keys.Keys(known)
     problems.install(app)
     openapi.install(app, open_to_all=not known)
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(DefectMiddleware)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "HEAD", "POST"],
             allow_headers=ALLOWED_HEADERS,
             expose_headers=EXPOSED_HEADERS,
         )

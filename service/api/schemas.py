@@ -124,7 +124,9 @@ class InferFields(BaseModel):
         5, ge=0, le=MAX_ID, description="How many classes the answer lists; 0 lists all (the default of `dl_result`)."
     )
     timeout_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] | None = Field(
-        None, description="The deadline of the whole request in seconds; the server's setting unless given."
+        None,
+        examples=[30],  # else Swagger's page makes up 1
+        description="The deadline of the whole request in seconds; the server's setting unless given.",
     )
     priority: Priority = Field(
         "interactive", description="`batch`: it may wait, and is passed by others, though never for long."

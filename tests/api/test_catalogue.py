@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.api.support import FAILED, LOADING, READY, Api, StandIn, check_problem
+from tests.api.support import FAILED, LOADING, READY, Api, StandIn, check_problem, pointers
 
 MODEL_KEYS = [
     "id",
@@ -56,6 +56,32 @@ def test_classes_are_found_by_name_or_id(api: Api, query: str, ids: list[int]) -
     classes = api.get("/models/resnet/classes", params={"query": query}).json()["classes"]
     assert [entry["class_id"] for entry in classes] == ids
     assert all(entry["class_name"] == READY.classes[entry["class_id"]] for entry in classes)
+
+
+@pytest.mark.parametrize("path", ["/models", "/models/resnet", "/models/resnet/layers", "/methods"])
+def test_a_path_without_fields_takes_none(api: Api, path: str) -> None:
+    for query, pointer in (("query=cat", "/query"), ("a~/b=", "/a~0~1b"), ("x" * 5000, "/xxx")):
+        problem = check_problem(api.get(f"{path}?{query}"), 422, "invalid_request")
+        assert pointers(problem)[0].startswith(pointer)
+        assert "takes none" in problem["detail"]
+        assert len(problem["detail"]) < 1000
+
+
+def test_classes_take_the_query_alone_and_once(api: Api) -> None:
+    for query, pointer in (("q=cat", "/q"), ("query=cat&qeury=", "/qeury")):
+        problem = check_problem(api.get(f"/models/resnet/classes?{query}"), 422, "invalid_request")
+        assert pointers(problem) == [pointer]
+        assert "The fields are query." in problem["detail"]
+    assert "Did you mean 'query'?" in problem["detail"]
+    for query in ("query=cat&query=bee", "query=cat&query=", "query=a&query=a"):
+        problem = check_problem(api.get(f"/models/resnet/classes?{query}"), 422, "invalid_request")
+        assert (pointers(problem), "twice" in problem["detail"]) == (["/query"], True)
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics", "/docs", "/openapi.json"])
+def test_probes_and_pages_take_any_query(api: Api, path: str) -> None:
+    assert api.get(f"{path}?probe=1&probe=2").status_code == api.get(path).status_code
+    assert api.get(f"{path}?probe=1").status_code != 422
 
 
 @pytest.mark.parametrize("rows", ["layers", "classes"])

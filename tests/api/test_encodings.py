@@ -238,6 +238,7 @@ def test_a_request_without_a_picture_says_so(api: Api) -> None:
         api.raw(content=b""),
         api.post(),
         form(api, text("top_k", "1")),
+        form(api, text("image", ""), text("images", "")),
         api.post(content=NO_FILE, headers=BOUNDARY),
     ):
         assert "no picture" in check_problem(response, 422, "invalid_request")["detail"]
@@ -246,6 +247,12 @@ def test_a_request_without_a_picture_says_so(api: Api) -> None:
 def test_an_empty_file_is_an_undecodable_picture(api: Api) -> None:
     for response in (form(api, FILE, ("image", ("empty.png", b""))), api.json(images=["AA", ""])):
         assert pointers(check_problem(response, 422, "undecodable_picture")) == ["/images/1"]
+
+
+def test_an_empty_text_for_a_picture_is_none(api: Api) -> None:
+    for name in ("image", "images"):
+        assert form(api, text(name, ""), FILE, text("images", "")).status_code == 200
+        assert api.work.pictures == (b"one",)
 
 
 def test_parts_must_be_what_they_are_named(api: Api) -> None:

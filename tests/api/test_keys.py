@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import pytest
 from fastapi import FastAPI, Request
@@ -71,6 +72,8 @@ def test_no_route_is_forgotten(guarded: Api) -> None:
     }
     for path in OPEN:
         assert guarded.get(path).status_code == 200
+    root = guarded.get("/")
+    assert (root.status_code, urljoin("http://test/", root.headers["location"])) == (307, "http://test/docs")
 
 
 @pytest.mark.parametrize(

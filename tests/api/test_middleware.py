@@ -56,6 +56,21 @@ def test_a_page_of_a_listed_origin_may_read_a_defect_too() -> None:
         assert response.headers.get("access-control-allow-origin") == expected
 
 
+HEADS = ["/livez", "/models", "/models/resnet/classes?query=a", "/models/resnt", "/metrics", "/docs", "/", "/nowhere"]
+
+
+@pytest.mark.parametrize("url", [*HEADS, "/openapi.json"])
+def test_head_is_answered_as_get_without_the_body(url: str) -> None:
+    api = Api()
+    got, head = (ask(api.app, verb, url, headers={"x-request-id": "same"}) for verb in ("GET", "HEAD"))
+    assert (head.status_code, head.content) == (got.status_code, b"")
+    for headers in (got.headers, head.headers):
+        del headers["server-timing"]
+    if url != "/metrics":  # which changes
+        assert head.headers == got.headers
+    assert int(head.headers["content-length"]) > (-1 if url == "/" else 10)
+
+
 def test_every_answer_tells_its_times() -> None:
     api = Api()
     for response in (api.raw(), api.raw(accept="image/png"), api.json("/models/resnet/infer")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,6 +105,45 @@ def test_every_encoding_tells_every_field(document: Any, endpoint: str, kind: ty
     name = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
     assert set(document["components"]["schemas"][name]["properties"]) == fields | {"images"}
     assert {"image/*", "application/octet-stream"} < set(content)
+
+
+def prefilled(schema: Any) -> str:
+    """The text that Swagger's page (5.35) sends for a field of a form that nobody touched."""
+    value = schema.get("examples", [schema.get("default", "")])[0]
+    return ",".join(value) if isinstance(value, list) else value if isinstance(value, str) else json.dumps(value)
+
+
+@pytest.mark.parametrize("endpoint", ["heatmap", "infer"])
+def test_the_page_of_documentation_sends_a_form_that_is_served(document: Any, endpoint: str) -> None:
+    operation = document["paths"][f"/models/{{id}}/{endpoint}"]["post"]
+    for parameter in operation["parameters"]:  # the page sends none of these: they would be given twice
+        sent = {"default", "example", "examples", "contentMediaType"} & parameter.get("schema", parameter).keys()
+        assert not sent, parameter
+        assert "content" not in parameter
+        assert parameter["schema"].get("type") != "object"
+    fields = operation["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
+    for without in ("image", "images"):
+        texts = [(name, (None, prefilled(schema))) for name, schema in fields.items() if name != without]
+        texts = [(name, (None, "") if name in ("image", "images") else text) for name, text in texts]
+        api = Api()
+        response = api.post(f"/models/resnet/{endpoint}", files=[*texts, (without, ("cat.png", b"one"))])
+        assert response.status_code == 200, response.text
+        assert (api.work.pictures, api.work.top_k, api.work.target_classes) == ((b"one",), 5, ((),))
+        assert api.dispatcher.timeouts[0] > 25
+
+
+def test_defaults_of_the_query_are_told_in_words(document: Any) -> None:
+    parameters = document["paths"]["/models/{id}/heatmap"]["post"]["parameters"]
+    told = {one["name"]: one["description"].partition("Default: ")[2] for one in parameters if one["in"] == "query"}
+    assert told.pop("timeout_s") == ""
+    assert told.pop("gen_params") == "`{}`. Written as JSON."
+    assert (told["top_k"], told["method"], told["alpha"], told["format"]) == (
+        "`5`.",
+        '`["grad_cam"]`.',
+        "`0.5`.",
+        "`overlay`.",
+    )
+    assert all(told.values())
 
 
 def test_single_heatmaps_are_told(document: Any) -> None:

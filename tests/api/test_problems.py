@@ -90,12 +90,16 @@ def test_unknown_models_are_told_before_the_body_is_judged(api: Api) -> None:
 def test_wrong_verbs(api: Api) -> None:
     for method, url, allowed in (
         ("GET", "/models/a/heatmap", "POST"),
-        ("POST", "/livez", "GET"),
-        ("OPTIONS", "/models", "GET"),
+        ("POST", "/livez", "GET, HEAD"),
+        ("OPTIONS", "/models", "GET, HEAD"),
+        ("PUT", "/openapi.json", "GET, HEAD"),
+        ("POST", "/", "GET, HEAD"),
     ):
         response = ask(api.app, method, url)
         assert allowed in check_problem(response, 405, "method_not_allowed")["detail"]
         assert response.headers["allow"] == allowed
+    refused = ask(api.app, "HEAD", "/models/a/heatmap")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
 
 
 def test_what_others_raise_in_the_app(api: Api) -> None:

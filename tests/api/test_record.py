@@ -90,6 +90,7 @@ def test_what_is_refused_earlier_says_less(caplog: pytest.LogCaptureFixture, tmp
         ("POST", "/models/resnet/heatmap", 401, "key_missing", "resnet"),
         ("GET", "/nowhere?a=b", 404, "path_not_found", None),
         ("DELETE", "/models", 405, "method_not_allowed", None),
+        ("HEAD", "/models/nobody", 401, "key_missing", "nobody"),
     ):
         ask(api.app, method, url)
         fields = last(caplog)

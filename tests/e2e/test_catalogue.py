@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import jsonschema
 import pytest
 
 from tests.e2e.support import post
+from tests.server import Server
 
 COMMITTED = Path(__file__).parents[2] / "openapi" / "openapi.json"
 INPUT = {
@@ -274,7 +277,23 @@ def test_probes(client: httpx.Client) -> None:
         assert response.headers["Server-Timing"].startswith("total;dur=")
 
 
+@pytest.mark.parametrize(("path", "status"), [("/livez", 200), ("/models", 200), ("/models/tyni", 404), ("/", 307)])
+def test_head_is_the_head_of_get_and_no_byte_more(server: Server, path: str, status: int) -> None:
+    url = urlsplit(server.url)
+    with server.client() as client, socket.create_connection((url.hostname, url.port), timeout=10) as connection:
+        length = client.get(path, headers={"X-Request-ID": "same"}).headers["content-length"]
+        connection.sendall(
+            f"HEAD {path} HTTP/1.1\r\nHost: test\r\nX-Request-ID: same\r\nConnection: close\r\n\r\n".encode()
+        )
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, body = answer.split(b"\r\n\r\n")
+    assert body == b""
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"\r\ncontent-length: %s\r\n" % length.encode() in head
+
+
 def test_interactive_documentation_is_there(client: httpx.Client) -> None:
+    assert client.get("/", follow_redirects=True).url.path == "/docs"
     response = client.get("/docs")
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/html")

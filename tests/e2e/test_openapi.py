@@ -29,7 +29,7 @@ from tests.server import Server, running
 
 DOCUMENT = json.loads((Path(__file__).parents[2] / "openapi" / "openapi.json").read_text())
 OPERATIONS = [(verb, path) for path, verbs in DOCUMENT["paths"].items() for verb in verbs]
-# A GET here takes texts alone, and no text is a wrong one.
+# A GET here takes texts alone, and no text of a name that it knows is a wrong one.
 ASKED = [(*operation, GenerationMode.POSITIVE) for operation in OPERATIONS]
 ASKED += [(*operation, GenerationMode.NEGATIVE) for operation in OPERATIONS if operation[0] == "post"]
 EXAMPLES = {"post": 300, "get": 12}

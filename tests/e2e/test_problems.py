@@ -324,7 +324,7 @@ REQUESTS = {
     "unknown model's layers": asked(404, "model_not_found", "GET", "/models/efficientnet/layers", f"'{REAL}'"),
     "unknown path": asked(404, "path_not_found", "GET", "/metods", "'/methods'"),
     "wrong verb": asked(405, "method_not_allowed", "GET", HEATMAP, "POST", Allow="POST"),
-    "wrong verb for a list": asked(405, "method_not_allowed", "DELETE", "/models", "GET", Allow="GET"),
+    "wrong verb for a list": asked(405, "method_not_allowed", "DELETE", "/models", "GET", Allow="GET, HEAD"),
     "other type": sent(422, "model_type_not_supported", "'detection'", url="/models/detector/heatmap", json={}),
     "other type to infer": sent(422, "model_type_not_supported", url="/models/detector/infer", json={}),
     "failed model": sent(503, "model_failed", "labels.txt", url="/models/broken/heatmap", json={}),
