@@ -164,6 +164,8 @@ class Compiler:
             process.start()
             self._process = process
         process.join()
+        with self._lock:
+            self._process = None  # its id may soon be another's
         return self._store.find(job.key)
 
     def _make_room(self) -> list[Model]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -103,7 +104,9 @@ def shown() -> list[bytes]:
 
 
 @pytest.mark.slow
-def test_a_head_is_swapped_in_under_traffic_and_no_answer_changes(serve: Serve, shown: list[bytes]) -> None:
+def test_a_head_is_swapped_in_under_traffic_and_no_answer_changes(
+    serve: Serve, shown: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with serve() as served:
         eager = [served.map_of(picture, 1) for picture in shown]
         stop = threading.Event()
@@ -128,6 +131,10 @@ def test_a_head_is_swapped_in_under_traffic_and_no_answer_changes(serve: Serve, 
             assert all(close_to(ours, oracle) < 1e-4 for ours, oracle in zip(answer, eager, strict=True))
         assert describe(served.model).compiled_layers == (DEFAULT,)
         assert describe(served.model).compiled_bytes > 0
+        ended: list[tuple[int, int]] = []
+        monkeypatch.setattr(os, "killpg", lambda *process: ended.append(process))
+        served.compiler.close()
+        assert not ended, "the id of the process that compiled may be another's by now"
 
 
 @pytest.mark.slow
