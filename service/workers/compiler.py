@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 COMPILER = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 COMPILE_AFTER = 8
 """Uses of a head other than the default layer's before it is compiled."""
-
 LOADED_S = 5.0
 """By then a package is loaded and proven, in general."""
 
