@@ -16,12 +16,42 @@ RECENT = 0.3
 """The weight of the latest request in the mean."""
 UNFINISHED = 1.25
 """What was given up is taken to cost so many times what was spent on it."""
+RAISE = 8
+"""One that was given up raises what is known by this factor at most: the device may only have stalled."""
+HOLD_S, LONGEST_HOLD_S = 10.0, 300.0
+"""So long one that was given up counts at first and at most: four times as long whenever another try is given up."""
 
 
 @dataclass
 class _Known:
-    per_picture: float
-    at: float
+    """Seconds per picture."""
+
+    mean: float | None = None
+    at: float = 0.0
+    unfinished: float = 0.0
+    given_up: float = 0.0
+    hold: float = 0.0
+
+    def is_held(self) -> bool:
+        return time.monotonic() < self.given_up + self.hold
+
+    def estimate(self) -> float | None:
+        return max(self.unfinished, self.mean or 0.0) if self.is_held() else self.mean
+
+    def finish(self, per_picture: float) -> _Known:
+        mean = per_picture if self.mean is None else RECENT * per_picture + (1 - RECENT) * self.mean
+        return _Known(mean, time.monotonic())
+
+    def give_up(self, per_picture: float, spent: float) -> _Known:
+        now = time.monotonic()
+        if per_picture <= (self.estimate() or 0.0):  # one who left early tells nothing new
+            return self
+        if self.is_held() and now - spent < self.given_up:  # nor does another that was there when the device stalled
+            return self
+        if self.mean:
+            per_picture = min(per_picture, RAISE * max(self.mean, self.unfinished))
+        hold = min(4 * self.hold or HOLD_S, LONGEST_HOLD_S)
+        return _Known(self.mean, now, per_picture, given_up=now, hold=hold)
 
 
 class Costs:
@@ -32,26 +62,22 @@ class Costs:
 
     def estimate(self, request: ExplainRequest) -> float | None:
         """Seconds of device work; None where nothing like it was measured lately."""
-        known = self._known.get(_key(request))
-        if known is None or time.monotonic() - known.at > FORGET_S:
-            return None
-        return known.per_picture * len(request.pictures)
+        per_picture = self._lately(_key(request)).estimate()
+        return None if per_picture is None else per_picture * len(request.pictures)
 
     def learn(self, request: ExplainRequest, spent: float, finished: bool) -> None:
         """The device worked `spent` seconds for a request, until it was answered or given up."""
         per_picture = spent / len(request.pictures)
-        key, known = _key(request), self._known.get(_key(request))
-        if finished:
-            before = known.per_picture if known else per_picture
-            per_picture = RECENT * per_picture + (1 - RECENT) * before
-        else:
-            per_picture *= UNFINISHED
-            if known and known.per_picture >= per_picture:
-                return
-        self._known[key] = _Known(per_picture, time.monotonic())
+        key = _key(request)
+        known = self._lately(key)
+        self._known[key] = known.finish(per_picture) if finished else known.give_up(UNFINISHED * per_picture, spent)
         self._known.move_to_end(key)
         if len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
+
+    def _lately(self, key: str) -> _Known:
+        known = self._known.get(key)
+        return known if known and time.monotonic() - known.at <= FORGET_S else _Known()
 
 
 def _key(request: ExplainRequest) -> str:

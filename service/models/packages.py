@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 class PackageStore:
@@ -28,7 +32,12 @@ class PackageStore:
         self._max_bytes = max_bytes
 
     def find(self, key: str) -> Path | None:
-        """The folder of a finished package, which counts as used now."""
+        """The folder of a finished package, which counts as used now. One that ended a process is dropped instead."""
+        for marker in self._folder.glob(f"{key}.*.trying"):
+            if _is_left(marker):
+                logger.warning("package %s is dropped: a process that loaded it died", key)
+                self.drop(key)
+                marker.unlink(missing_ok=True)  # last, for another process may be looking too
         package = self._folder / key
         try:
             os.utime(package)
@@ -56,6 +65,21 @@ class PackageStore:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
 
+    @contextmanager
+    def trying(self, key: str) -> Iterator[None]:
+        """The package is loaded and run for the first time in the block, which this process may not survive.
+
+        A marker beside the package says so, locked as long as the process lives: ids of processes come again.
+        """
+        marker = self._folder / f"{key}.{secrets.token_hex(8)}.trying"
+        with marker.open("xb", buffering=0) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.write(b"locked")
+                yield
+            finally:
+                marker.unlink(missing_ok=True)
+
     def drop(self, key: str) -> None:
         """Remove a package that is of no use."""
         shutil.rmtree(self._folder / key, ignore_errors=True)
@@ -75,6 +99,17 @@ class PackageStore:
 def key_of(*parts: object) -> str:
     """A name for what these parts shape."""
     return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:32]
+
+
+def _is_left(marker: Path) -> bool:
+    """Whether its process is dead. An empty one is not locked yet; who survives removes it before the lock goes."""
+    try:
+        with marker.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            state = os.fstat(file.fileno())
+            return state.st_nlink > 0 and state.st_size > 0
+    except (FileNotFoundError, BlockingIOError):
+        return False
 
 
 def _size(package: Path) -> int:

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 COMPILER = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 COMPILE_AFTER = 8
 """Uses of a head other than the default layer's before it is compiled."""
+LOADED_S = 5.0
+"""By then a package is loaded and proven, in general."""
 
 
 class Compiler:
@@ -61,7 +63,8 @@ class Compiler:
         self._told = False
         self._lock = threading.Lock()
         self._counting = threading.Lock()
-        threading.Thread(target=self._work, name="compile", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="compile", daemon=True)
+        self._thread.start()
 
     def add(self, model: Model, entry: Entry) -> None:
         """Compile the head of the default layer, and later each head that is used often."""
@@ -85,19 +88,20 @@ class Compiler:
             self._resident = [resident for resident in self._resident if resident[0] is not model]
 
     def close(self) -> None:
-        """Give up what is being compiled."""
+        """Give up what is being compiled, and let what is being loaded prove itself: else it seems to have failed."""
         with self._lock:
             self._closed = True
             self._wanted.put(None)
             if self._process is not None:
                 kill(self._process)
+        self._thread.join(LOADED_S)
 
     def _work(self) -> None:
         self._device.enter()
         torch.set_num_threads(self._device.threads)
         while (wanted := self._wanted.get()) is not None:
             model, entry, head = wanted
-            if model.heads in self._gone:
+            if self._closed or model.heads in self._gone:
                 continue
             try:
                 self._provide(model, entry, head)
@@ -111,12 +115,13 @@ class Compiler:
         if package is None:
             return
         started = time.perf_counter()
-        try:
-            compiled = CompiledHead(package, job.form, self._device.slots)
-            prove(compiled, head.eager, job.form, counts={1})
-        except Exception:
-            self._store.drop(job.key)  # it was proven when it was made: the file is damaged
-            raise
+        with self._store.trying(job.key):
+            try:
+                compiled = CompiledHead(package, job.form, self._device.slots)
+                prove(compiled, head.eager, job.form, counts={1})
+            except Exception:
+                self._store.drop(job.key)  # it was proven when it was made: the file is damaged
+                raise
         if not compiled.bytes:
             logger.info("model %s stays eager at %s: compiled it is no faster", model.id, head.name)
             return
@@ -164,6 +169,8 @@ class Compiler:
             process.start()
             self._process = process
         process.join()
+        with self._lock:
+            self._process = None  # its id may soon be another's
         return self._store.find(job.key)
 
     def _make_room(self) -> list[Model]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from service.dispatch.costs import FORGET_S, MAX_KNOWN, RECENT, UNFINISHED, Costs
+from service.dispatch.costs import FORGET_S, HOLD_S, LONGEST_HOLD_S, MAX_KNOWN, RAISE, RECENT, UNFINISHED, Costs
 from service.errors import DeadlineExceeded, DeadlineTooShort, QueueFull
 from service.workers.messages import BATCH_DELAY_S, ExplainRequest
 from tests.dispatch.support import Bench, on_loop, settle
@@ -68,6 +69,61 @@ def test_an_estimate_is_forgotten_and_tried_again(monkeypatch: pytest.MonkeyPatc
     costs, now = Costs(), time.monotonic()
     costs.learn(asking(), 1.0, finished=True)
     monkeypatch.setattr(time, "monotonic", lambda: now + FORGET_S + 1)
+    assert costs.estimate(asking()) is None
+    costs.learn(asking(), 5.0, finished=True)
+    assert costs.estimate(asking()) == 5.0, "it is no part of a new one"
+
+
+class Clock:
+    """The time as it goes on by request."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+@pytest.mark.parametrize("usual_s", [0.05, 5.0])
+@pytest.mark.parametrize("in_flight", [1, 5])
+def test_a_device_that_stalled_once_is_tried_again_soon(clock: Clock, usual_s: float, in_flight: int) -> None:
+    costs = Costs()
+    costs.learn(asking(), usual_s, finished=True)
+    for _ in range(in_flight):
+        clock.now += 0.01
+        costs.learn(asking(), 30.1, finished=False)
+    assert costs.estimate(asking()) == pytest.approx(min(RAISE * usual_s, UNFINISHED * 30.1))
+    clock.now += HOLD_S
+    assert costs.estimate(asking()) == usual_s
+    costs.learn(asking(), usual_s, finished=True)
+    assert costs.estimate(asking()) == pytest.approx(usual_s), "nothing of it is left"
+
+
+@pytest.mark.parametrize("usual_s", [None, 0.05, 29.0])
+def test_what_is_hopeless_is_refused_at_once_but_for_a_try_now_and_then(clock: Clock, usual_s: float | None) -> None:
+    """Asked for every second for an hour, with a deadline of 30 s."""
+    costs, tried, began = Costs(), [], clock.now
+    if usual_s is not None:
+        costs.learn(asking(), usual_s, finished=True)
+    while (passed := clock.now - began) < 3600:
+        if (costs.estimate(asking()) or 0.0) <= 30:
+            tried.append(passed)
+            clock.now += 30
+            costs.learn(asking(), 30.0, finished=False)
+        clock.now += 1
+    assert sum(at < 600 for at in tried) <= 8
+    assert all(30 + LONGEST_HOLD_S / 2 < late - early < 2 * LONGEST_HOLD_S for early, late in pairwise(tried[8:]))
+
+
+def test_where_nothing_was_finished_one_try_refuses_the_next_for_seconds(clock: Clock) -> None:
+    costs = Costs()
+    costs.learn(asking(), 30.0, finished=False)
+    clock.now += HOLD_S - 1
+    assert costs.estimate(asking()) == 30.0 * UNFINISHED
+    clock.now += 2
     assert costs.estimate(asking()) is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+import tracemalloc
 
 import pytest
 
@@ -51,6 +52,48 @@ def test_of_several_pictures_none_is_held_guilty_alone() -> None:
     assert not is_kept(quarantine, showing(b"one"))
     assert not is_kept(quarantine, showing(b"two", b"one"))
     assert not is_kept(quarantine, showing(b"onetwo"))
+
+
+class Seen(str):
+    """A picture that tells how often it was read whole."""
+
+    times = 0
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        self.times += 1
+        return super().encode(encoding, errors)
+
+
+@pytest.mark.parametrize(
+    ("crashes", "others", "shown", "times"),
+    [
+        (1, (), "as long", 0),
+        (2, (), "longer than it", 0),
+        (2, (), "as much", 1),
+        (2, ("other",), "as long", 0),
+    ],
+)
+def test_a_picture_is_read_only_where_one_as_long_is_kept_and_once(
+    crashes: int, others: tuple[str, ...], shown: str, times: int
+) -> None:
+    quarantine = Quarantine()
+    for _ in range(crashes):
+        quarantine.blame(showing("as long", *others))
+    picture = Seen(shown)
+    assert not is_kept(quarantine, showing(picture))
+    assert picture.times == times
+
+
+def test_no_picture_is_copied() -> None:
+    quarantine, picture = Quarantine(), bytes(2**24)
+    tracemalloc.start()
+    try:
+        for _ in range(2):
+            quarantine.blame(showing(picture))
+        assert is_kept(quarantine, showing(picture))
+        assert tracemalloc.get_traced_memory()[1] < len(picture) / 10
+    finally:
+        tracemalloc.stop()
 
 
 def test_it_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

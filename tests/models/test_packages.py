@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -159,10 +161,10 @@ def _make_when_told(folder: Path, key: str, pipe: Connection) -> None:
 
 
 @contextmanager
-def maker(folder: Path, key: str) -> Iterator[tuple[SpawnProcess, Connection]]:
-    """Another process that makes a package."""
+def spawned(work: Callable[..., None], folder: Path, key: str, *more: Any) -> Iterator[tuple[SpawnProcess, Connection]]:
+    """A process at work in the folder, and the pipe to it."""
     ours, theirs = SPAWN.Pipe()
-    process = SPAWN.Process(target=_make_when_told, args=(folder, key, theirs))
+    process = SPAWN.Process(target=work, args=(folder, key, theirs, *more))
     process.start()
     theirs.close()
     try:
@@ -175,7 +177,10 @@ def maker(folder: Path, key: str) -> Iterator[tuple[SpawnProcess, Connection]]:
 
 
 def test_of_two_processes_one_makes_a_package_and_the_other_finds_it(folder: Path) -> None:
-    with maker(folder, "one") as (one, first), maker(folder, "one") as (other, second):
+    with (
+        spawned(_make_when_told, folder, "one") as (one, first),
+        spawned(_make_when_told, folder, "one") as (other, second),
+    ):
         assert [first.recv(), second.recv()] == ["waits", "waits"]
         faster = multiprocessing.connection.wait([first, second])[0]
         slower = second if faster is first else first
@@ -193,7 +198,7 @@ def test_of_two_processes_one_makes_a_package_and_the_other_finds_it(folder: Pat
 
 @pytest.mark.parametrize("next_key", ["one", "other"])
 def test_a_process_that_is_killed_while_it_makes_one_blocks_and_poisons_nobody(folder: Path, next_key: str) -> None:
-    with maker(folder, "one") as (process, pipe):
+    with spawned(_make_when_told, folder, "one") as (process, pipe):
         assert [pipe.recv(), pipe.recv()] == ["waits", "makes it"]
         process.kill()
         process.join()
@@ -204,6 +209,58 @@ def test_a_process_that_is_killed_while_it_makes_one_blocks_and_poisons_nobody(f
         (inside / "single.pt2").write_bytes(b"whole")
     assert names(folder) == {next_key}, "nor does what it left stay for ever"
     assert (folder / next_key / "single.pt2").read_bytes() == b"whole"
+
+
+def _try(folder: Path, key: str, pipe: Connection, number: int | None = None) -> None:
+    """Load a package, and end by this signal or when told."""
+    store = PackageStore(folder, 1000)
+    assert store.find(key)
+    with store.trying(key):
+        pipe.send("loads it")
+        if number is not None:
+            os.kill(os.getpid(), number)
+        pipe.recv()
+    pipe.send("loaded it")
+
+
+@pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGKILL])
+def test_a_package_that_ends_the_process_which_loads_it_is_dropped_by_the_next(folder: Path, number: int) -> None:
+    store = PackageStore(folder, 1000)
+    make(store, "one")
+    make(store, "other")
+    with spawned(_try, folder, "one", number) as (process, pipe):
+        assert pipe.recv() == "loads it"
+        process.join()
+        assert process.exitcode == -number
+    assert PackageStore(folder, 1000).find("other"), "it did nothing"
+    assert PackageStore(folder, 1000).find("one") is None
+    assert names(folder) == {"other"}, "nor is a mark left"
+    assert make(store, "one") == store.find("one"), "a new one is free"
+
+
+def test_processes_load_a_package_together_and_one_that_dies_of_it_is_noticed(folder: Path) -> None:
+    store = PackageStore(folder, 1000)
+    make(store, "one")
+    with spawned(_try, folder, "one") as (_, first), spawned(_try, folder, "one") as (dying, second):
+        assert [first.recv(), second.recv()] == ["loads it", "loads it"]
+        assert store.find("one"), "they live"
+        first.send("go on")
+        assert first.recv() == "loaded it"
+        assert store.find("one"), "one has survived, the other may"
+        dying.kill()
+        dying.join()
+        assert store.find("one") is None
+    assert names(folder) == set()
+
+
+def test_a_package_that_cannot_be_loaded_ends_nothing(folder: Path) -> None:
+    store = PackageStore(folder, 1000)
+    make(store, "one")
+    with contextlib.suppress(ZeroDivisionError), store.trying("one"):
+        assert len(names(folder)) == 2
+        raise ZeroDivisionError
+    assert store.find("one")
+    assert names(folder) == {"one"}
 
 
 PARTS = ("sha256:1", (("conv", True),), 2, "2.15.0", "x86_64")

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import io
 import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
 import threading
+import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -75,10 +81,15 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def serve(tmp_path_factory: pytest.TempPathFactory) -> Serve:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compiler")
+    write_tiny(folder / "models" / "tiny")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def serve(root: Path) -> Serve:
     """Open a `Served` over one store for all tests: what the first test compiles is found by the others."""
-    root = tmp_path_factory.mktemp("compiler")
-    write_tiny(root / "models" / "tiny")
 
     @contextmanager
     def opened(heads: int = 4, cache: str = "cache") -> Iterator[Served]:
@@ -103,7 +114,9 @@ def shown() -> list[bytes]:
 
 
 @pytest.mark.slow
-def test_a_head_is_swapped_in_under_traffic_and_no_answer_changes(serve: Serve, shown: list[bytes]) -> None:
+def test_a_head_is_swapped_in_under_traffic_and_no_answer_changes(
+    serve: Serve, shown: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with serve() as served:
         eager = [served.map_of(picture, 1) for picture in shown]
         stop = threading.Event()
@@ -128,6 +141,10 @@ def test_a_head_is_swapped_in_under_traffic_and_no_answer_changes(serve: Serve, 
             assert all(close_to(ours, oracle) < 1e-4 for ours, oracle in zip(answer, eager, strict=True))
         assert describe(served.model).compiled_layers == (DEFAULT,)
         assert describe(served.model).compiled_bytes > 0
+        ended: list[tuple[int, int]] = []
+        monkeypatch.setattr(os, "killpg", lambda *process: ended.append(process))
+        served.compiler.close()
+        assert not ended, "the id of the process that compiled may be another's by now"
 
 
 @pytest.mark.slow
@@ -136,6 +153,47 @@ def test_a_second_process_finds_what_the_first_has_made(serve: Serve, monkeypatc
     with serve() as served:
         served.compiler.add(served.model, served.entry)
         wait_until(lambda: (DEFAULT,) in served.told, 60)
+
+
+def crashing(package: Path) -> None:
+    """Let the library of a package abort when it is loaded, as one may whose own libraries have changed."""
+    source, library = package.with_suffix(".cpp"), package.with_suffix(".so")
+    source.write_text("#include <cstdlib>\n__attribute__((constructor)) static void crash() { std::abort(); }")
+    subprocess.run([compiler.COMPILER, "-shared", "-fPIC", "-o", library, source], check=True)
+    with zipfile.ZipFile(package) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(package, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, library.read_bytes() if name.endswith(".so") else data)
+
+
+def _serve(models: Path, cache: Path, folder: Path) -> None:
+    served = Served(models, cache, folder, heads=4)
+    served.compiler.add(served.model, served.entry)
+    wait_until(lambda: (DEFAULT,) in served.told, 60)
+
+
+@pytest.mark.slow
+def test_a_package_that_crashes_one_process_is_dropped_by_the_next(
+    root: Path, serve: Serve, shown: list[bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = root / "crashing"
+    shutil.copytree(root / "cache", cache)
+    for package in cache.glob("*/*.pt2"):
+        crashing(package)
+    process = multiprocessing.get_context("spawn").Process(
+        target=_serve, args=(root / "models", cache, root / "captured")
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGABRT
+    monkeypatch.setattr(compiler, "COMPILER", "no-such-compiler")
+    with serve(cache="crashing") as served, caplog.at_level(logging.WARNING):
+        served.compiler.add(served.model, served.entry)
+        wait_until(lambda: "no-such-compiler" in caplog.text, 60)
+        assert "is dropped" in caplog.text
+        assert served.map_of(shown[0], 1).any()
+    assert {file.name for file in cache.iterdir()} == {"lock"}
 
 
 @pytest.mark.slow
