@@ -52,10 +52,11 @@ def make_plan(request: ExplainRequest, model: Model) -> Plan:
     listed = len(request.methods) > 1  # a client may write one method without a list around it
     methods = [_method(name, f"/method/{i}" if listed else "/method") for i, name in enumerate(request.methods)]
     tasks = tuple(_task(method, request.gen_params, methods, model) for method in methods)
-    classes = tuple(
-        tuple(_class_id(reference, model.labels) for reference in references) for references in request.target_classes
-    )
-    return Plan(tasks, classes)
+    classes = {  # most often all pictures have the same
+        references: tuple(_class_id(reference, model) for reference in references)
+        for references in dict.fromkeys(request.target_classes)
+    }
+    return Plan(tasks, tuple(classes[references] for references in request.target_classes))
 
 
 def _method(name: str, pointer: str) -> Method:
@@ -131,17 +132,17 @@ def _wrong(detail: str, *path: str) -> InvalidGenParams:
     return InvalidGenParams(detail, errors=(_blame(detail, *path),))
 
 
-def _class_id(reference: ClassRef, labels: tuple[str, ...]) -> int:
+def _class_id(reference: ClassRef, model: Model) -> int:
     if isinstance(reference, int):
-        if 0 <= reference < len(labels):
+        if 0 <= reference < len(model.labels):
             return reference
-        raise _unknown_class(f"The model's classes are 0 to {len(labels) - 1}; there is no class {reference}.")
-    found = [class_id for class_id, name in enumerate(labels) if name == reference]
+        raise _unknown_class(f"The model's classes are 0 to {len(model.labels) - 1}; there is no class {reference}.")
+    found = model.class_ids.get(reference, [])
     if len(found) == 1:
         return found[0]
     if found:
         raise _unknown_class(f"The name {reference!r} belongs to the classes {found}; give the id of one of them.")
-    hint = nearest(reference, labels)
+    hint = nearest(reference, model.labels)
     raise _unknown_class(f"The model has no class {reference!r}; GET /models/<id>/classes lists them.{hint}")
 
 

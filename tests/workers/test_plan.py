@@ -1,5 +1,7 @@
 """A request is resolved, or refused with the error, the pointer and the nearest names that the contract promises."""
 
+import dataclasses
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -69,6 +71,26 @@ def test_a_name_that_two_classes_bear_is_refused_with_their_ids() -> None:
 def test_integers_are_ids_and_strings_are_names() -> None:
     plan = make_plan(request(2, ("7", 3, "ant"), (), methods=("grad_cam",)), model())
     assert plan.classes == ((5, 3, 0), ())
+
+
+class Searched(tuple[str, ...]):
+    """Labels that count how often they are gone through."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[str]:
+        Searched.times += 1
+        return super().__iter__()
+
+
+def test_many_names_of_many_pictures_are_one_search_through_the_labels() -> None:
+    labels = Searched(f"class {number}" for number in range(1000))
+    lists = (labels[-400:], labels[:400])  # the same for half of the pictures
+    Searched.times = 0
+    net = dataclasses.replace(model(), labels=labels)
+    plans = [make_plan(request(64, *lists * 32, methods=("grad_cam",)), net) for _ in range(2)]
+    assert [plan.classes for plan in plans] == [(tuple(range(600, 1000)), tuple(range(400))) * 32] * 2
+    assert Searched.times == 1
 
 
 def test_an_unknown_parameter_names_the_nearest() -> None:
