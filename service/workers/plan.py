@@ -67,7 +67,7 @@ def _method(name: str, pointer: str) -> Method:
 
 
 def _task(method: Method, gen_params: Mapping[str, object], asked: list[Method], model: Model) -> Task:
-    params = _validated(method, gen_params, _own_params(method, gen_params, asked))
+    params = _validated(method, gen_params, asked)
     try:
         targets = _targets(params, model)
     except InvalidRequest as error:
@@ -101,9 +101,9 @@ def _own_params(method: Method, gen_params: Mapping[str, object], asked: list[Me
     return {**common, **own}
 
 
-def _validated(method: Method, gen_params: Mapping[str, object], values: Mapping[str, object]) -> GenParams:
+def _validated(method: Method, gen_params: Mapping[str, object], asked: list[Method]) -> GenParams:
     try:
-        return method.Params.model_validate(values)
+        return method.Params.model_validate(_own_params(method, gen_params, asked))
     except ValidationError as error:
         problem = error.errors()[0]
         key = str(problem["loc"][0])
@@ -112,9 +112,17 @@ def _validated(method: Method, gen_params: Mapping[str, object], values: Mapping
             detail = f"{key!r} of {method.name}: {problem['msg']}, got {reprlib.repr(problem['input'])}."
             raise _wrong(detail, *path) from None
         known = method.Params.model_fields
-        hint = nearest(key[:MAX_ECHO], (*known, *REGISTRY))
+        may_be_method = len(path) == 1 and isinstance(problem["input"], Mapping)
+        hint = _takers(key, asked) or nearest(key[:MAX_ECHO], (*known, *REGISTRY) if may_be_method else known)
         detail = f"{method.name} takes no parameter {key[:MAX_ECHO]!r}, but {', '.join(known)}.{hint}"
         raise _wrong(detail, *path) from None
+
+
+def _takers(key: str, asked: list[Method]) -> str:
+    """A sentence that gives the parameter to those of the methods asked for that take it; empty where none does."""
+    takers = [method.name for method in asked if key in method.Params.model_fields]
+    example = ", ".join(f'"{name}": {{"{key}": ...}}' for name in takers)
+    return f" Give it to {' and '.join(takers)} alone: {{{example}}}." if takers else ""
 
 
 def _path(method: Method, gen_params: Mapping[str, object], key: str) -> tuple[str, ...]:

@@ -129,8 +129,24 @@ def test_a_method_of_three_channels_refuses_the_cam_familys_parameters(key: str)
         InvalidGenParams, f"/gen_params/{key}", methods=methods, gen_params={key: values[key]}
     )
     # A key must suit every method asked for.
-    both = ("grad_cam", "guided_grad_cam")
-    refusal(InvalidGenParams, f"/gen_params/{key}", methods=both, gen_params={key: values[key]})
+    several = ("grad_cam", "guided_grad_cam", "cam")
+    detail = refusal(InvalidGenParams, f"/gen_params/{key}", methods=several, gen_params={key: values[key]})
+    example = f'{{"grad_cam": {{"{key}": ...}}, "cam": {{"{key}": ...}}}}'
+    assert detail.endswith(f"but target_conv_layer. Give it to grad_cam and cam alone: {example}.")
+
+
+@pytest.mark.parametrize(
+    ("path", "gen_params", "hint"),
+    [
+        ("gradcam", {"gradcam": {}}, " Did you mean 'grad_cam'"),
+        ("gradcam", {"gradcam": 1}, None),
+        ("grad_cam/gradcam", {"grad_cam": {"gradcam": {}}}, None),
+        ("grad_cam/grad_cam", {"grad_cam": {"grad_cam": {}}}, None),
+    ],
+)
+def test_a_method_is_meant_only_where_its_object_may_stand(path: str, gen_params: object, hint: str | None) -> None:
+    detail = refusal(InvalidGenParams, f"/gen_params/{path}", gen_params=gen_params)
+    assert hint in detail if hint else "'grad_cam'" not in detail.partition("Did you mean")[2]
 
 
 def test_parameters_under_a_methods_name_are_for_it_alone() -> None:
