@@ -77,9 +77,21 @@ def _task(method: Method, gen_params: Mapping[str, object], asked: list[Method],
     for target in targets or (None,):
         if reason := method.refusal(model.program, target):
             where = f" at {target.name!r}" if target else ""
-            detail = f"{method.name} cannot explain the model {model.id!r}{where}: {reason}."
+            hint = _way_out(method, params, model)
+            detail = f"{method.name} cannot explain the model {model.id!r}{where}: {reason}.{hint}"
             raise MethodNotSupported(detail, errors=(FieldError("/method", detail),))
     return Task(method, params, targets)
+
+
+def _way_out(method: Method, params: GenParams, model: Model) -> str:
+    """A sentence that says so where the recommended layer would do, with all other parameters as they are."""
+    try:
+        targets = _targets(params.model_copy(update={"target_conv_layer": ("recommended",)}), model)
+    except InvalidRequest:
+        return ""
+    if not targets or method.refusal(model.program, targets[0]):
+        return ""
+    return f" target_conv_layer 'recommended', which is {targets[0].name!r}, can be explained."
 
 
 def _targets(params: GenParams, model: Model) -> tuple[Target, ...]:
