@@ -12,6 +12,8 @@ from dataclasses import dataclass
 # Of a wrong name so many characters are told: a client may write megabytes.
 MAX_ECHO = 100
 
+FORM = str.maketrans({"_": "", "-": "", " ": "", "+": "plus"})
+
 
 @dataclass(frozen=True)
 class FieldError:
@@ -199,6 +201,16 @@ class ModelLoadError(Exception):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """A sentence that names the closest of `names`, or the empty string where none is close."""
-    matches = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+    """A sentence that names the closest of `names`, or the empty string where none is close.
+
+    Neither case counts nor how words are joined, and a plus may be a sign or a word.
+    """
+    forms: dict[str, list[str]] = {}
+    for known in dict.fromkeys(names):
+        forms.setdefault(_form(known), []).append(known)
+    matches = [one for form in difflib.get_close_matches(_form(name), forms, n=3, cutoff=0.5) for one in forms[form]]
+    return f" Did you mean {' or '.join(repr(match) for match in matches[:3])}?" if matches else ""
+
+
+def _form(name: str) -> str:
+    return name.casefold().translate(FORM)

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError, Url
 
 from service.errors import nearest
 from service.logs import Format
@@ -26,6 +27,26 @@ class SettingsError(Exception):
 
 def _comma_list(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _origin(entry: str) -> str:
+    """An entry that a browser's header may equal; any other would be listed in vain."""
+    if entry not in ("*", _as_sent(entry)):
+        raise PydanticCustomError(
+            "origin",
+            "an origin is * or scheme://host[:port] as browsers send it: small letters, no path, no default port",
+        )
+    return entry
+
+
+def _as_sent(entry: str) -> str | None:
+    try:
+        url = Url(entry)
+        if not url.host or "*" in url.host:
+            return None
+        return str(Url.build(scheme=url.scheme, host=url.host, port=url.port)).removesuffix("/")
+    except ValueError:  # it is no URL
+        return None
 
 
 class Settings(BaseModel):
@@ -97,7 +118,7 @@ class Settings(BaseModel):
     insecure: bool = Field(
         False, description="serve without keys on an address that others reach; something else must keep them out"
     )
-    cors_origins: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = Field(
+    cors_origins: Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], BeforeValidator(_comma_list)] = Field(
         (), description="origins, separated by commas, whose pages may call the service"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")

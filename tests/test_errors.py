@@ -93,3 +93,25 @@ def test_nearest_names_what_may_have_been_meant() -> None:
     assert nearest("grad_cam_guided", iter(names)).count("' or '") <= 2
     assert nearest("xyzzy", names) == ""
     assert nearest("grad_cam", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("GradCAM", "grad_cam"),
+        ("gradcam++", "grad_cam_plus_plus"),
+        ("Grad-CAM++", "grad_cam_plus_plus"),
+        ("HiResCAM", "hires_cam"),
+        ("ScoreCAM", "score_cam"),
+        ("TABBY", "tabby"),
+        ("tiger-cat", "Tiger cat"),
+        ("EFFICIENTNET", "efficientnet_lite0"),
+    ],
+)
+def test_nearest_looks_neither_at_case_nor_at_how_words_are_joined(name: str, meant: str) -> None:
+    names = ["hires_cam", "score_cam", "grad_cam", "grad_cam_plus_plus", "tabby", "Tiger cat", "efficientnet_lite0"]
+    assert nearest(name, names).startswith(f" Did you mean {meant!r}")
+
+
+def test_nearest_names_all_that_differ_in_case_alone_and_none_twice() -> None:
+    assert nearest("CRANE", ["crane", "Crane", "crane"]) == " Did you mean 'crane' or 'Crane'?"

@@ -85,7 +85,7 @@ def methods_table() -> str:
     rows = ["| method | what it shows | cost | own parameters |", "|---|---|---|---|"]
     for name, method in sorted(REGISTRY.items()):
         fields = {key: field.default for key, field in method.Params.model_fields.items() if key not in SHARED}
-        own = ", ".join(f"`{key}` {'none' if default is None else default}" for key, default in fields.items())
+        own = ", ".join(f"`{key}` {'null' if default is None else default}" for key, default in fields.items())
         rows.append(f"| [`{name}`]({method.paper}) | {method.description} | {method.cost} | {own} |")
     return "\n".join(rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -15,6 +16,17 @@ from service.errors import MAX_ECHO, FieldError, InvalidRequest, nearest
 MAX_ERRORS = 10
 MAX_DIGITS = 15
 MAX_DEPTH = 200  # pydantic's JSON reader goes no deeper
+
+# What else might be taken for a field: the parameters of grad_cam, HALCON's among them, each with a value.
+PARAMETERS: dict[str, object] = {
+    "target_conv_layer": "recommended",
+    "use_conv_only": False,
+    "scaling": "none",
+    "aug_smooth": True,
+    "eigen_smooth": True,
+    "grad_modifier": "relu",
+    "backprop_modifier": "guided",
+}
 
 Fields = TypeVar("Fields", bound=InferFields)
 
@@ -78,13 +90,17 @@ def merge(query: Mapping[str, object], body: Mapping[str, object]) -> dict[str, 
 
 def _unknown_fields(unknown: Sequence[str], known: Sequence[str]) -> InvalidRequest:
     found = tuple(
-        FieldError(
-            _pointer((name,), {name: None})[:MAX_ECHO], f"There is no such field.{nearest(name[:MAX_ECHO], known)}"
-        )
+        FieldError(_pointer((name,), {name: None})[:MAX_ECHO], f"There is no such field.{_meant(name, known)}")
         for name in unknown[:MAX_ERRORS]
     )
     detail = " ".join(f"{error.pointer}: {error.detail}" for error in found)
     return InvalidRequest(f"{detail} The fields are {', '.join(known)}.", errors=found)
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    if name in PARAMETERS and "gen_params" in known:
+        return f" It is a member of the field gen_params, such as {json.dumps({name: PARAMETERS[name]})}."
+    return nearest(name[:MAX_ECHO], known)
 
 
 def _pointer(location: Iterable[int | str], values: object) -> str:

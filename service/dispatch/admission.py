@@ -83,14 +83,14 @@ class Admission:
         """
         if cost > timeout_s:
             raise DeadlineTooShort(
-                f"The request takes about {cost:.1f} s of the device's time and has {timeout_s:g} s; "
+                f"The request takes about {_seconds(cost)} of the device's time and has {_seconds(timeout_s)}; "
                 "give it a longer timeout_s, or ask for less."
             )
         wait = self._wait(ticket for ticket in self._tickets.values() if passable or not ticket.job.passable)
         if wait + cost > timeout_s:
             raise QueueFull(
-                f"What waits before it takes about {wait:.1f} s and the request itself {cost:.1f} s; "
-                f"it has {timeout_s:g} s.",
+                f"What waits before it takes about {_seconds(wait)} and the request itself {_seconds(cost)}; "
+                f"it has {_seconds(timeout_s)}.",
                 retry_after=wait + cost - timeout_s,
             )
 
@@ -115,6 +115,11 @@ class Admission:
         now = time.monotonic()
         slots = sum(worker.slots for worker in self._pool.workers)
         return sum(ticket.left(now) for ticket in tickets) / max(1, slots)
+
+
+def _seconds(value: float) -> str:
+    """Two digits, or whole seconds."""
+    return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
 
 
 def _never(unit: str, more: int, limit: int) -> str:

@@ -309,4 +309,7 @@ class Dispatcher:
 
 def deadline_exceeded(timeout_s: float) -> DeadlineExceeded:
     """The error of a request whose time is over."""
-    return DeadlineExceeded(f"The request was not answered within its {timeout_s:g} seconds; its work was dropped.")
+    return DeadlineExceeded(
+        f"The request was not answered within its {timeout_s:g} seconds; its work was dropped. "
+        "Give it a longer timeout_s, or ask for less."
+    )

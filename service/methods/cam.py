@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from operator import attrgetter
 from typing import Any
 
@@ -12,7 +13,7 @@ from service.explain.mathematics import channels_weighted
 from service.explain.method import WeightedCam, WeightedCamParams, register
 from service.explain.trace import Trace
 from service.models.grids import Grid
-from service.models.layers import Target
+from service.models.layers import Target, module_of
 from service.models.program import Program, is_size
 
 aten = torch.ops.aten
@@ -68,7 +69,7 @@ def _classifier(program: Program, target: Target) -> fx.Node | str:
     while node is not program.logits:
         users = [user for user in node.users if user in needed and not is_size(user)]
         if len(users) > 1:
-            return f"{len(users)} paths lead on from {node.name!r}"
+            return f"{len(users)} paths lead on from {_told(node)}"
         (user,) = users
         if places and user.target is aten.permute.default:
             places = _permuted(places, user)
@@ -77,9 +78,15 @@ def _classifier(program: Program, target: Target) -> fx.Node | str:
         elif not places and user is program.logits and _is_linear(user, node, program):
             return user
         elif places or user.target not in RESHAPES:
-            return f"{user.name!r} does"
+            return f"{_told(user)} does"
         node = user
     return "no linear layer does"
+
+
+def _told(node: fx.Node) -> str:
+    """The operation, without the number of its call, and the module that has it."""
+    operation, module = re.sub(r"_\d+$", "", node.name), module_of(node)
+    return f"{operation} in {module!r}" if module else operation
 
 
 def _places(grid: Grid) -> frozenset[int]:

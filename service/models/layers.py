@@ -97,7 +97,7 @@ class LayerTable:
         if row.node is None or row.node.target not in CONVOLUTIONS:
             return None
         node = _fused_relu(_folded(row.node))
-        return None if node is None else _innermost_path(node) or node.name
+        return None if node is None else module_of(node) or node.name
 
     def target(self, name: str | None, use_conv_only: bool) -> Target:
         """What `target_conv_layer` and `use_conv_only` (HALCON) stand for.
@@ -213,7 +213,8 @@ def _fused_relu(node: fx.Node) -> fx.Node | None:
     return users[0] if users[0].target in (aten.relu.default, aten.relu6.default) or is_relu6 else None
 
 
-def _innermost_path(node: fx.Node) -> str:
+def module_of(node: fx.Node) -> str:
+    """The path of the innermost module that the node belongs to; empty for the network itself."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     return str(stack[-1][0]) if stack else ""
 

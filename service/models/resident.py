@@ -57,6 +57,14 @@ class Model:
             return logits
 
     @cached_property
+    def class_ids(self) -> dict[str, list[int]]:
+        """The classes that bear each name, in order."""
+        found: dict[str, list[int]] = {}
+        for class_id, name in enumerate(self.labels):
+            found.setdefault(name, []).append(class_id)
+        return found
+
+    @cached_property
     def _mean_std(self) -> tuple[Tensor, Tensor]:
         values = torch.tensor([self.spec.input.mean, self.spec.input.std], device=self.device)
         return values[0, :, None, None], values[1, :, None, None]

@@ -52,10 +52,11 @@ def make_plan(request: ExplainRequest, model: Model) -> Plan:
     listed = len(request.methods) > 1  # a client may write one method without a list around it
     methods = [_method(name, f"/method/{i}" if listed else "/method") for i, name in enumerate(request.methods)]
     tasks = tuple(_task(method, request.gen_params, methods, model) for method in methods)
-    classes = tuple(
-        tuple(_class_id(reference, model.labels) for reference in references) for references in request.target_classes
-    )
-    return Plan(tasks, classes)
+    classes = {  # most often all pictures have the same
+        references: tuple(_class_id(reference, model) for reference in references)
+        for references in dict.fromkeys(request.target_classes)
+    }
+    return Plan(tasks, tuple(classes[references] for references in request.target_classes))
 
 
 def _method(name: str, pointer: str) -> Method:
@@ -66,7 +67,7 @@ def _method(name: str, pointer: str) -> Method:
 
 
 def _task(method: Method, gen_params: Mapping[str, object], asked: list[Method], model: Model) -> Task:
-    params = _validated(method, gen_params, _own_params(method, gen_params, asked))
+    params = _validated(method, gen_params, asked)
     try:
         targets = _targets(params, model)
     except InvalidRequest as error:
@@ -76,9 +77,21 @@ def _task(method: Method, gen_params: Mapping[str, object], asked: list[Method],
     for target in targets or (None,):
         if reason := method.refusal(model.program, target):
             where = f" at {target.name!r}" if target else ""
-            detail = f"{method.name} cannot explain the model {model.id!r}{where}: {reason}."
+            hint = _way_out(method, params, model)
+            detail = f"{method.name} cannot explain the model {model.id!r}{where}: {reason}.{hint}"
             raise MethodNotSupported(detail, errors=(FieldError("/method", detail),))
     return Task(method, params, targets)
+
+
+def _way_out(method: Method, params: GenParams, model: Model) -> str:
+    """A sentence that says so where the recommended layer would do, with all other parameters as they are."""
+    try:
+        targets = _targets(params.model_copy(update={"target_conv_layer": ("recommended",)}), model)
+    except InvalidRequest:
+        return ""
+    if not targets or method.refusal(model.program, targets[0]):
+        return ""
+    return f" target_conv_layer 'recommended', which is {targets[0].name!r}, can be explained."
 
 
 def _targets(params: GenParams, model: Model) -> tuple[Target, ...]:
@@ -100,9 +113,9 @@ def _own_params(method: Method, gen_params: Mapping[str, object], asked: list[Me
     return {**common, **own}
 
 
-def _validated(method: Method, gen_params: Mapping[str, object], values: Mapping[str, object]) -> GenParams:
+def _validated(method: Method, gen_params: Mapping[str, object], asked: list[Method]) -> GenParams:
     try:
-        return method.Params.model_validate(values)
+        return method.Params.model_validate(_own_params(method, gen_params, asked))
     except ValidationError as error:
         problem = error.errors()[0]
         key = str(problem["loc"][0])
@@ -111,9 +124,17 @@ def _validated(method: Method, gen_params: Mapping[str, object], values: Mapping
             detail = f"{key!r} of {method.name}: {problem['msg']}, got {reprlib.repr(problem['input'])}."
             raise _wrong(detail, *path) from None
         known = method.Params.model_fields
-        hint = nearest(key[:MAX_ECHO], (*known, *REGISTRY))
+        may_be_method = len(path) == 1 and isinstance(problem["input"], Mapping)
+        hint = _takers(key, asked) or nearest(key[:MAX_ECHO], (*known, *REGISTRY) if may_be_method else known)
         detail = f"{method.name} takes no parameter {key[:MAX_ECHO]!r}, but {', '.join(known)}.{hint}"
         raise _wrong(detail, *path) from None
+
+
+def _takers(key: str, asked: list[Method]) -> str:
+    """A sentence that gives the parameter to those of the methods asked for that take it; empty where none does."""
+    takers = [method.name for method in asked if key in method.Params.model_fields]
+    example = ", ".join(f'"{name}": {{"{key}": ...}}' for name in takers)
+    return f" Give it to {' and '.join(takers)} alone: {{{example}}}." if takers else ""
 
 
 def _path(method: Method, gen_params: Mapping[str, object], key: str) -> tuple[str, ...]:
@@ -131,17 +152,17 @@ def _wrong(detail: str, *path: str) -> InvalidGenParams:
     return InvalidGenParams(detail, errors=(_blame(detail, *path),))
 
 
-def _class_id(reference: ClassRef, labels: tuple[str, ...]) -> int:
+def _class_id(reference: ClassRef, model: Model) -> int:
     if isinstance(reference, int):
-        if 0 <= reference < len(labels):
+        if 0 <= reference < len(model.labels):
             return reference
-        raise _unknown_class(f"The model's classes are 0 to {len(labels) - 1}; there is no class {reference}.")
-    found = [class_id for class_id, name in enumerate(labels) if name == reference]
+        raise _unknown_class(f"The model's classes are 0 to {len(model.labels) - 1}; there is no class {reference}.")
+    found = model.class_ids.get(reference, [])
     if len(found) == 1:
         return found[0]
     if found:
         raise _unknown_class(f"The name {reference!r} belongs to the classes {found}; give the id of one of them.")
-    hint = nearest(reference, labels)
+    hint = nearest(reference, model.labels)
     raise _unknown_class(f"The model has no class {reference!r}; GET /models/<id>/classes lists them.{hint}")
 
 

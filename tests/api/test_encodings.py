@@ -9,6 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import service.methods  # noqa: F401  (registers the methods)
+from service.api.fields import PARAMETERS
+from service.explain.method import REGISTRY
 from tests.api.support import Api, check_problem, pointers
 
 FILE = ("image", ("cat.png", b"one", "text/html"))
@@ -140,6 +143,23 @@ PART = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r
 )
 def test_malformed_multipart_is_400(api: Api, headers: dict[str, str], body: bytes) -> None:
     check_problem(api.post(content=body, headers=headers), 400, "malformed_body")
+
+
+def test_the_parameters_that_are_known_are_those_of_grad_cam() -> None:
+    assert PARAMETERS.keys() == REGISTRY["grad_cam"].Params.model_fields.keys()
+    REGISTRY["grad_cam"].Params.model_validate(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_parameter_that_is_sent_as_a_field_belongs_to_gen_params(api: Api, name: str) -> None:
+    value = json.dumps({name: PARAMETERS[name]})
+    for response in (api.raw(f"{name}=1"), api.json(**{name: 1}), form(api, FILE, text(name, "1"))):
+        problem = check_problem(response, 422, "invalid_request")
+        assert pointers(problem) == [f"/{name}"]
+        assert f"There is no such field. It is a member of the field gen_params, such as {value}. " in problem["detail"]
+    assert form(api, FILE, text("gen_params", value)).status_code == 200
+    infer = api.post("/models/resnet/infer", params={name: "1"}, content=b"p", headers={"content-type": "image/png"})
+    assert "gen_params" not in check_problem(infer, 422, "invalid_request")["detail"]
 
 
 def test_unknown_fields_name_the_nearest(api: Api) -> None:

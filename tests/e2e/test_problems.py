@@ -147,8 +147,15 @@ WRONG = {
     "use_conv_only of three channels": gen_params(
         "guided_grad_cam", "'use_conv_only'", pointer="use_conv_only", method="guided_grad_cam", use_conv_only=True
     ),
+    "layer that cam does not end at": Wrong(
+        {"method": "cam"}, "method_not_supported", ["/method"], ("'bn2.act'", "'recommended', which is 'bn2'"), REAL
+    ),
     "key that one of two methods refuses": gen_params(
-        "guided_grad_cam", "'scaling'", pointer="scaling", method=["grad_cam", "guided_grad_cam"], scaling="none"
+        "'scaling'",
+        'to grad_cam alone: {"grad_cam": {"scaling": ...}}',
+        pointer="scaling",
+        method=["grad_cam", "guided_grad_cam"],
+        scaling="none",
     ),
 }
 

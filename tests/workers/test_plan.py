@@ -1,5 +1,7 @@
 """A request is resolved, or refused with the error, the pointer and the nearest names that the contract promises."""
 
+import dataclasses
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -71,6 +73,26 @@ def test_integers_are_ids_and_strings_are_names() -> None:
     assert plan.classes == ((5, 3, 0), ())
 
 
+class Searched(tuple[str, ...]):
+    """Labels that count how often they are gone through."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[str]:
+        Searched.times += 1
+        return super().__iter__()
+
+
+def test_many_names_of_many_pictures_are_one_search_through_the_labels() -> None:
+    labels = Searched(f"class {number}" for number in range(1000))
+    lists = (labels[-400:], labels[:400])  # the same for half of the pictures
+    Searched.times = 0
+    net = dataclasses.replace(model(), labels=labels)
+    plans = [make_plan(request(64, *lists * 32, methods=("grad_cam",)), net) for _ in range(2)]
+    assert [plan.classes for plan in plans] == [(tuple(range(600, 1000)), tuple(range(400))) * 32] * 2
+    assert Searched.times == 1
+
+
 def test_an_unknown_parameter_names_the_nearest() -> None:
     detail = refusal(InvalidGenParams, "/gen_params/scalling", gen_params={"scalling": "none"})
     assert "takes no parameter 'scalling'" in detail
@@ -107,8 +129,24 @@ def test_a_method_of_three_channels_refuses_the_cam_familys_parameters(key: str)
         InvalidGenParams, f"/gen_params/{key}", methods=methods, gen_params={key: values[key]}
     )
     # A key must suit every method asked for.
-    both = ("grad_cam", "guided_grad_cam")
-    refusal(InvalidGenParams, f"/gen_params/{key}", methods=both, gen_params={key: values[key]})
+    several = ("grad_cam", "guided_grad_cam", "cam")
+    detail = refusal(InvalidGenParams, f"/gen_params/{key}", methods=several, gen_params={key: values[key]})
+    example = f'{{"grad_cam": {{"{key}": ...}}, "cam": {{"{key}": ...}}}}'
+    assert detail.endswith(f"but target_conv_layer. Give it to grad_cam and cam alone: {example}.")
+
+
+@pytest.mark.parametrize(
+    ("path", "gen_params", "hint"),
+    [
+        ("gradcam", {"gradcam": {}}, " Did you mean 'grad_cam'"),
+        ("gradcam", {"gradcam": 1}, None),
+        ("grad_cam/gradcam", {"grad_cam": {"gradcam": {}}}, None),
+        ("grad_cam/grad_cam", {"grad_cam": {"grad_cam": {}}}, None),
+    ],
+)
+def test_a_method_is_meant_only_where_its_object_may_stand(path: str, gen_params: object, hint: str | None) -> None:
+    detail = refusal(InvalidGenParams, f"/gen_params/{path}", gen_params=gen_params)
+    assert hint in detail if hint else "'grad_cam'" not in detail.partition("Did you mean")[2]
 
 
 def test_parameters_under_a_methods_name_are_for_it_alone() -> None:
