@@ -18,6 +18,9 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+MAX_DEATHS = 2
+"""Of processes in a row that load a package; one may have been killed for another reason."""
+
 
 class PackageStore:
     """A folder that processes share. The least recently used packages leave when it grows over `max_bytes`."""
@@ -32,12 +35,13 @@ class PackageStore:
         self._max_bytes = max_bytes
 
     def find(self, key: str) -> Path | None:
-        """The folder of a finished package, which counts as used now. One that ended a process is dropped instead."""
-        for marker in self._folder.glob(f"{key}.*.trying"):
-            if _is_left(marker):
-                logger.warning("package %s is dropped: a process that loaded it died", key)
-                self.drop(key)
-                marker.unlink(missing_ok=True)  # last, for another process may be looking too
+        """The folder of a finished package, which counts as used now. One that ends processes is dropped instead."""
+        left = self._left(key)
+        if len(left) >= MAX_DEATHS:
+            logger.warning("package %s is dropped: %d processes in a row died while they loaded it", key, len(left))
+            self.drop(key)
+            for marker in left:  # last, for another process may be looking too
+                marker.unlink(missing_ok=True)
         package = self._folder / key
         try:
             os.utime(package)
@@ -78,7 +82,12 @@ class PackageStore:
                 file.write(b"locked")
                 yield
             finally:
-                marker.unlink(missing_ok=True)
+                for other in (marker, *self._left(key)):
+                    other.unlink(missing_ok=True)
+
+    def _left(self, key: str) -> list[Path]:
+        """The markers of processes that died in `trying` since one survived it."""
+        return [marker for marker in self._folder.glob(f"{key}.*.trying") if _is_left(marker)]
 
     def drop(self, key: str) -> None:
         """Remove a package that is of no use."""

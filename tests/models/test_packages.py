@@ -223,33 +223,51 @@ def _try(folder: Path, key: str, pipe: Connection, number: int | None = None) ->
     pipe.send("loaded it")
 
 
-@pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGKILL])
-def test_a_package_that_ends_the_process_which_loads_it_is_dropped_by_the_next(folder: Path, number: int) -> None:
-    store = PackageStore(folder, 1000)
-    make(store, "one")
-    make(store, "other")
-    with spawned(_try, folder, "one", number) as (process, pipe):
+def dies_of(folder: Path, key: str, number: int = signal.SIGABRT) -> None:
+    with spawned(_try, folder, key, number) as (process, pipe):
         assert pipe.recv() == "loads it"
         process.join()
         assert process.exitcode == -number
+
+
+@pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGKILL])
+def test_a_package_that_ends_two_processes_which_load_it_is_dropped(folder: Path, number: int) -> None:
+    store = PackageStore(folder, 1000)
+    make(store, "one")
+    make(store, "other")
+    dies_of(folder, "one", number)
+    assert PackageStore(folder, 1000).find("one"), "it may have been killed"
+    dies_of(folder, "one", number)
     assert PackageStore(folder, 1000).find("other"), "it did nothing"
     assert PackageStore(folder, 1000).find("one") is None
     assert names(folder) == {"other"}, "nor is a mark left"
     assert make(store, "one") == store.find("one"), "a new one is free"
 
 
+def test_one_that_survives_it_absolves_a_package(folder: Path) -> None:
+    store = PackageStore(folder, 1000)
+    make(store, "one")
+    for _ in range(3):
+        dies_of(folder, "one")
+        with store.trying("one"):
+            pass
+    assert store.find("one")
+    assert names(folder) == {"one"}
+
+
 def test_processes_load_a_package_together_and_one_that_dies_of_it_is_noticed(folder: Path) -> None:
     store = PackageStore(folder, 1000)
     make(store, "one")
-    with spawned(_try, folder, "one") as (_, first), spawned(_try, folder, "one") as (dying, second):
+    dies_of(folder, "one")
+    with spawned(_try, folder, "one") as (living, first), spawned(_try, folder, "one") as (dying, second):
         assert [first.recv(), second.recv()] == ["loads it", "loads it"]
         assert store.find("one"), "they live"
-        first.send("go on")
-        assert first.recv() == "loaded it"
-        assert store.find("one"), "one has survived, the other may"
         dying.kill()
         dying.join()
         assert store.find("one") is None
+        first.send("go on")
+        assert first.recv() == "loaded it"
+        living.join()
     assert names(folder) == set()
 
 
