@@ -158,7 +158,13 @@ class Pool:
         self._folder.cleanup()
 
     async def _start_worker(self, device: str) -> None:
-        worker = Worker(device, self._settings, tuple(self._entries.values()), Path(self._folder.name), self._receive)
+        entries = tuple(self._entries.values())
+        try:
+            worker = Worker(device, self._settings, entries, Path(self._folder.name), self._receive)
+        except OSError:
+            logger.exception("worker %s could not be prepared", device)
+            self._start_again(device)
+            return
         self.workers.append(worker)
         start = asyncio.ensure_future(asyncio.to_thread(worker.start))
         try:
@@ -237,10 +243,8 @@ class Pool:
         if self._stopping:
             return
         self._left[worker.folder] = time.monotonic()
-        failures = self._failures.get(worker.device, 0)
-        self._failures[worker.device] = failures + 1
         self.replaced += 1
-        delay = min(2.0 ** min(failures, 10) - 1, MAX_BACKOFF_S)
+        delay = self._start_again(worker.device)
         logger.error(
             "worker %s %s under %d jobs; a new one starts in %.0f s",
             worker.device,
@@ -249,9 +253,16 @@ class Pool:
             delay,
         )
         self._listener.lost(tuple(sorted(worker.jobs)), self._judge(worker))
-        task = asyncio.get_running_loop().create_task(self._start_later(worker.device, delay))
+
+    def _start_again(self, device: str) -> float:
+        """Start a worker in so many seconds as it returns: the more, the more often this failed in a row."""
+        failures = self._failures.get(device, 0)
+        self._failures[device] = failures + 1
+        delay = min(2.0 ** min(failures, 10) - 1, MAX_BACKOFF_S)
+        task = asyncio.get_running_loop().create_task(self._start_later(device, delay))
         self._starts.add(task)
         task.add_done_callback(self._starts.discard)
+        return delay
 
     def _judge(self, worker: Worker) -> bool:
         """Whether its jobs may be to blame for its end. A model is that crashes who loads it, and is given up."""

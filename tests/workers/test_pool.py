@@ -225,6 +225,23 @@ async def test_a_start_that_fails_is_repeated(
 
 
 @on_loop
+async def test_a_worker_for_which_there_is_no_pipe_is_tried_again(
+    waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Bench() as bench:
+        init = FakeWorker.__init__
+
+        def fail_once(worker: FakeWorker, *args: Any) -> None:
+            monkeypatch.setattr(FakeWorker, "__init__", init)
+            raise OSError(24, "Too many open files")
+
+        monkeypatch.setattr(FakeWorker, "__init__", fail_once)
+        bench.worker.die()
+        fresh = await asyncio.wait_for(bench.started(), 1)
+        assert bench.pool.workers == [fresh]
+
+
+@on_loop
 async def test_the_death_of_a_worker_is_told_with_its_jobs_in_order_and_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
