@@ -17,7 +17,7 @@ RECENT = 0.3
 UNFINISHED = 1.25
 """What was given up is taken to cost so many times what was spent on it."""
 RAISE = 8
-"""One that was given up raises what is known by this factor at most: the device may only have stalled."""
+"""A request counts for so many times of what is known at most: the device may only have stalled."""
 HOLD_S, LONGEST_HOLD_S = 10.0, 300.0
 """So long one that was given up counts at first and at most: four times as long whenever another try is given up."""
 
@@ -39,8 +39,9 @@ class _Known:
         return max(self.unfinished, self.mean or 0.0) if self.is_held() else self.mean
 
     def finish(self, per_picture: float) -> _Known:
-        mean = per_picture if self.mean is None else RECENT * per_picture + (1 - RECENT) * self.mean
-        return _Known(mean, time.monotonic())
+        if self.mean:
+            per_picture = RECENT * min(per_picture, RAISE * self.mean) + (1 - RECENT) * self.mean
+        return _Known(per_picture, time.monotonic())
 
     def give_up(self, per_picture: float, spent: float) -> _Known:
         now = time.monotonic()

@@ -118,6 +118,16 @@ def test_what_is_hopeless_is_refused_at_once_but_for_a_try_now_and_then(clock: C
     assert all(30 + LONGEST_HOLD_S / 2 < late - early < 2 * LONGEST_HOLD_S for early, late in pairwise(tried[8:]))
 
 
+def test_one_that_was_answered_after_a_stall_refuses_hardly_any(clock: Clock) -> None:
+    costs = Costs()
+    costs.learn(asking(), 0.05, finished=True)
+    costs.learn(asking(), 30.0, finished=True)
+    assert costs.estimate(asking()) == pytest.approx((RECENT * RAISE + 1 - RECENT) * 0.05)
+    for _ in range(10):  # but what truly takes longer now is known soon
+        costs.learn(asking(), 30.0, finished=True)
+    assert costs.estimate(asking()) == pytest.approx(30.0, rel=0.1)
+
+
 def test_where_nothing_was_finished_one_try_refuses_the_next_for_seconds(clock: Clock) -> None:
     costs = Costs()
     costs.learn(asking(), 30.0, finished=False)
