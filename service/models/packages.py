@@ -5,21 +5,18 @@ Packages are native code, so the folder must be the user's own.
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import hashlib
 import logging
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
-
-MAX_DEATHS = 2
-"""Of processes in a row that load a package; one may have been killed for another reason."""
 
 
 class PackageStore:
@@ -35,13 +32,13 @@ class PackageStore:
         self._max_bytes = max_bytes
 
     def find(self, key: str) -> Path | None:
-        """The folder of a finished package, which counts as used now. One that ends processes is dropped instead."""
-        left = self._left(key)
-        if len(left) >= MAX_DEATHS:
-            logger.warning("package %s is dropped: %d processes in a row died while they loaded it", key, len(left))
-            self.drop(key)
-            for marker in left:  # last, for another process may be looking too
-                marker.unlink(missing_ok=True)
+        """The folder of a finished package, which counts as used now. One that crashed a process is dropped instead."""
+        trace = self._trace(key)
+        with suppress(FileNotFoundError):
+            if trace.stat().st_size:
+                logger.warning("package %s is dropped: it crashed the process that loaded it", key)
+                self.drop(key)
+                trace.unlink()  # last, for another process may be looking too
         package = self._folder / key
         try:
             os.utime(package)
@@ -73,21 +70,23 @@ class PackageStore:
     def trying(self, key: str) -> Iterator[None]:
         """The package is loaded and run for the first time in the block, which this process may not survive.
 
-        A marker beside the package says so, locked as long as the process lives: ids of processes come again.
+        A crash leaves Python's last words beside the package; whoever is killed from outside says nothing.
         """
-        marker = self._folder / f"{key}.{secrets.token_hex(8)}.trying"
-        with marker.open("xb", buffering=0) as file:
+        before = faulthandler.is_enabled()
+        with self._trace(key).open("ab") as file:
+            faulthandler.enable(file)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                file.write(b"locked")
                 yield
             finally:
-                for other in (marker, *self._left(key)):
-                    other.unlink(missing_ok=True)
+                if before:
+                    faulthandler.enable()
+                else:
+                    faulthandler.disable()
+                if not os.fstat(file.fileno()).st_size:
+                    self._trace(key).unlink(missing_ok=True)
 
-    def _left(self, key: str) -> list[Path]:
-        """The markers of processes that died in `trying` since one survived it."""
-        return [marker for marker in self._folder.glob(f"{key}.*.trying") if _is_left(marker)]
+    def _trace(self, key: str) -> Path:
+        return self._folder / f"{key}.crash"
 
     def drop(self, key: str) -> None:
         """Remove a package that is of no use."""
@@ -108,17 +107,6 @@ class PackageStore:
 def key_of(*parts: object) -> str:
     """A name for what these parts shape."""
     return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:32]
-
-
-def _is_left(marker: Path) -> bool:
-    """Whether its process is dead. An empty one is not locked yet; who survives removes it before the lock goes."""
-    try:
-        with marker.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            state = os.fstat(file.fileno())
-            return state.st_nlink > 0 and state.st_size > 0
-    except (FileNotFoundError, BlockingIOError):
-        return False
 
 
 def _size(package: Path) -> int:

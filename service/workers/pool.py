@@ -111,13 +111,20 @@ class Pool:
                 known = {**self.models, model_id: ModelInfo(model_id, state="loading")}
                 self.models = dict(sorted(known.items()))
             for device in {worker.device for worker in self.workers}:
-                self._capture = Capture(entries[model_id], device, Path(self._folder.name))
-                if reason := await asyncio.to_thread(self._capture.run):
+                if reason := await self._captured(entries[model_id], device):
                     self._fail(model_id, reason)
                     return reason
             self._entries[model_id] = entries[model_id]
             reasons = await self._ask_all(Load(entries[model_id]), model_id)
         return next(filter(None, reasons), None)
+
+    async def _captured(self, entry: Entry, device: str) -> str | None:
+        """The reason why not."""
+        self._capture = Capture(entry, device, Path(self._folder.name))
+        try:
+            return await asyncio.to_thread(self._capture.run)
+        finally:
+            self._capture = None
 
     def _scan(self) -> dict[str, Entry]:
         try:
