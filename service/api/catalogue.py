@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 
@@ -18,38 +18,24 @@ NamePart = Annotated[str, Query(description="A part of the name, whatever its ca
 
 def create_router(dispatcher: Dispatcher) -> APIRouter:
     """The GET endpoints under `/models` and `/methods`."""
-    router = APIRouter(tags=["catalogue"])
+    router = APIRouter(tags=["catalogue"], dependencies=[Depends(_check_query)])
+    list_problems = openapi.problems(InvalidRequest)
     model_problems = openapi.problems(ModelNotFound, InvalidRequest)
     detail_problems = openapi.problems(ModelNotFound, InvalidRequest, ModelTypeNotSupported, ModelLoading, ModelFailed)
+    method_problems = openapi.problems(InvalidRequest, NoWorker)
 
-    @router.get(
-        "/models",
-        summary="List the models",
-        operation_id="listModels",
-        responses=openapi.problems(InvalidRequest),
-        dependencies=[_takes()],
-    )
+    @router.get("/models", summary="List the models", operation_id="listModels", responses=list_problems)
     async def list_models() -> ModelList:
         """Every model of the repository, also those that load or failed."""
         return ModelList(models=[Model.model_validate(info) for info in dispatcher.models().values()])
 
-    @router.get(
-        "/models/{id}",
-        summary="Describe a model",
-        operation_id="getModel",
-        responses=model_problems,
-        dependencies=[_takes()],
-    )
+    @router.get("/models/{id}", summary="Describe a model", operation_id="getModel", responses=model_problems)
     async def get_model(model_id: ModelId) -> Model:
         """One model: its state, its input, its layers of note."""
         return Model.model_validate(dispatcher.model(model_id))
 
     @router.get(
-        "/models/{id}/layers",
-        summary="List a model's layers",
-        operation_id="listLayers",
-        responses=detail_problems,
-        dependencies=[_takes()],
+        "/models/{id}/layers", summary="List a model's layers", operation_id="listLayers", responses=detail_problems
     )
     async def list_layers(model_id: ModelId) -> LayerList:
         """The summary of the network: which layers can be `target_conv_layer`, and why others can't."""
@@ -57,11 +43,7 @@ def create_router(dispatcher: Dispatcher) -> APIRouter:
         return LayerList(layers=[Layer.model_validate(layer) for layer in info.layers])
 
     @router.get(
-        "/models/{id}/classes",
-        summary="List a model's classes",
-        operation_id="listClasses",
-        responses=detail_problems,
-        dependencies=[_takes("query")],
+        "/models/{id}/classes", summary="List a model's classes", operation_id="listClasses", responses=detail_problems
     )
     async def list_classes(model_id: ModelId, query: NamePart = "") -> ClassList:
         """The classes that the model knows, or those that match the query."""
@@ -75,13 +57,7 @@ def create_router(dispatcher: Dispatcher) -> APIRouter:
             ]
         )
 
-    @router.get(
-        "/methods",
-        summary="List the heatmap methods",
-        operation_id="listMethods",
-        responses=openapi.problems(InvalidRequest, NoWorker),
-        dependencies=[_takes()],
-    )
+    @router.get("/methods", summary="List the heatmap methods", operation_id="listMethods", responses=method_problems)
     async def list_methods() -> MethodList:
         """The methods and, as JSON Schema, their `gen_params`."""
         return MethodList(methods=[Method.model_validate(info) for info in dispatcher.methods()])
@@ -89,10 +65,7 @@ def create_router(dispatcher: Dispatcher) -> APIRouter:
     return router
 
 
-def _takes(*names: str) -> Any:
-    """The FastAPI dependency that refuses other names in the query, which FastAPI would not look at."""
-
-    async def check(request: Request) -> None:
-        check_names(request.query_params.multi_items(), names)
-
-    return Depends(check)
+async def _check_query(request: Request) -> None:
+    """Refuse names in the query that the route does not take, which FastAPI would not look at."""
+    takes = request.scope["route"].dependant.query_params
+    check_names(request.query_params.multi_items(), [field.alias for field in takes])
