@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import Field
@@ -13,8 +14,9 @@ from torch import Tensor, fx
 from service.explain.mathematics import quotient
 from service.explain.method import GenParams, Method, ScaledParams, register
 from service.explain.trace import Trace
-from service.models.grids import Grid, token_grid
+from service.models.grids import Grid, propose_grids
 from service.models.layers import Target
+from service.models.places import find_places
 from service.models.program import Program, as_tuple, gradients_of, is_size
 
 aten = torch.ops.aten
@@ -40,7 +42,10 @@ WINDOWS = "its attention is within parts of the picture (windows), not over one 
 OTHERS = "its attention is not always from all tokens of one grid to the same tokens"
 BRANCHES = "its attention operations do not follow one another: several of one block are combined"
 UNSEEN = "it cannot be seen which tokens its scores read"
+UNFOLDED = "no value before its attention has one row per token"
 CHANGED = "its attention weights are changed before they meet the values"
+
+_grids: WeakKeyDictionary[Program, Grid | str] = WeakKeyDictionary()
 
 
 class AttentionRolloutParams(ScaledParams):
@@ -162,11 +167,24 @@ def attentions_of(program: Program) -> Attentions | str:
         return CHANGED
     if not _are_chained(program, nodes):
         return BRANCHES
-    grid = token_grid(nodes[0], tokens)
+    grid = _grid(program, nodes[0], tokens)
     if isinstance(grid, str):
         return grid
     behind = _behind(program, nodes[-1], tokens)
     return UNSEEN if behind is None else Attentions(nodes, behind, grid, tokens)
+
+
+def _grid(program: Program, first: fx.Node, tokens: int) -> Grid | str:
+    """Where the first attention's tokens lie in the picture, shown once per program, or why that is not known."""
+    if program not in _grids:
+        before = program.ancestors([first])
+        values = (node for node in reversed(program.nodes) if node in before and program.is_batched(node))
+        node = next((node for node in values if node.meta["val"].shape[1:-1] == (tokens,)), None)
+        if node is None:
+            return UNFOLDED
+        proposed = propose_grids(program.images.meta["val"], node)
+        _grids[program] = proposed if isinstance(proposed, str) else find_places(program, {node: proposed})[node.name]
+    return _grids[program]
 
 
 def _behind(program: Program, last: fx.Node, tokens: int) -> fx.Node | None:

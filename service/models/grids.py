@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,65 +57,36 @@ class Grid:
         return folded.movedim(1, -1) if self.channel_axis == 3 else folded
 
 
-def find_grid(node: fx.Node) -> Grid | str:
-    """The grid of a batched value, or why it has none."""
+def propose_grids(images: Tensor, node: fx.Node) -> tuple[Grid, ...] | str:
+    """The grids that the shape of a batched value allows, or why there is none; `places` shows which one is true.
+
+    `images` is an example (N,3,H,W) of the network's input.
+    """
     shape = node.meta["val"].shape
     if any(not isinstance(size, int) for size in shape[1:]):
         return "its shape depends on the batch in more than one dimension"
     if len(shape) == 4:
         axis = channel_axis(node)
-        if axis is None:
-            return "nothing near it tells which of its dimensions are rows and columns"
-        height, width = (size for dim, size in enumerate(shape) if dim not in (0, axis))
-        if axis == 3 and not _like_the_picture(node, height, width):
-            return f"its {height} x {width} places are no rows and columns of the picture"
-        return Grid(height, width, axis) if height * width > 1 else "its output is 1x1"
+        return _maps(shape, (1, 3) if axis is None else (axis,)) or "its output is 1x1"
     if len(shape) == 3:
-        return token_grid(node, shape[1])
-    return f"its output has {len(shape)} dimensions: it is no map and no token grid"
+        return _token_grids(shape[1], images) or f"no patch grid explains its {shape[1]} tokens"
+    return f"its output has {len(shape)} dimensions: it is neither a map nor a token grid"
 
 
-def token_grid(node: fx.Node, tokens: int) -> Grid | str:
-    """The grid of (N,T,C) from the nearest map before it whose places became the tokens.
-
-    That is a convolution or pooling, or (N,h,w,C) that is flattened. A value of six dimensions or more is not looked
-    behind: it cuts the picture into parts, and the tokens may be in the order of these (Hiera).
-    """
-    seen: set[fx.Node] = set()
-    layer = [node]
-    while layer:
-        before = dict.fromkeys(source for other in layer for source in other.all_input_nodes if source not in seen)
-        seen.update(before)
-        for source in before:
-            height, width = _places(source)
-            if 0 <= tokens - height * width <= MAX_PREFIX_TOKENS and height * width > 1:
-                return Grid(height, width, channel_axis=2, prefix=tokens - height * width)
-        layer = [source for source in before if not _is_cut(source)]
-    return f"no patch grid explains its {tokens} tokens"
+def _maps(shape: Sequence[int], axes: tuple[int, ...]) -> tuple[Grid, ...]:
+    sides = ((axis, *(size for dim, size in enumerate(shape) if dim not in (0, axis))) for axis in axes)
+    return tuple(Grid(height, width, axis) for axis, height, width in sides if height * width > 1)
 
 
-def _places(node: fx.Node) -> tuple[int, int]:
-    """Rows and columns of a map whose places may become tokens, (0,0) of what is none."""
-    shape = _shape(node)
-    if len(shape) != 3:
-        return 0, 0
-    if node.target in CHANNELS_FIRST:
-        return shape[1], shape[2]
-    height, width, channels = shape
-    flat = any(user.target in FLATTENING and _shape(user) == [height * width, channels] for user in node.users)
-    return (height, width) if flat and _like_the_picture(node, height, width) else (0, 0)
-
-
-def _is_cut(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.ndim >= 6
-
-
-def _like_the_picture(node: fx.Node, height: int, width: int) -> bool:
-    """Whether one stride leads from the picture to the grid, up to rounding: attention heads and windows fail."""
-    images = next(other for other in node.graph.nodes if other.op == "placeholder").meta["val"]
+def _token_grids(tokens: int, images: Tensor) -> tuple[Grid, ...]:
+    """Grids of the picture's proportions, up to rounding both sides alike, behind some prefix tokens."""
     rows, columns = images.shape[2:]
-    return bool(abs(height * columns - width * rows) < rows + columns)
+    return tuple(
+        Grid(height, places // height, channel_axis=2, prefix=tokens - places)
+        for places in range(tokens, max(1, tokens - MAX_PREFIX_TOKENS - 1), -1)
+        for height in range(1, places + 1)
+        if places % height == 0 and abs(height * columns - places // height * rows) < max(rows, columns)
+    )
 
 
 def channel_axis(node: fx.Node) -> int | None:
@@ -175,10 +147,10 @@ def _permutation(node: fx.Node) -> list[int]:
 
 def _same_shape(node: fx.Node, others: object) -> list[fx.Node]:
     """Those of `others` that an element-wise operation links with `node`: their values have the same shape."""
-    shape = node.meta["val"].shape
     assert hasattr(others, "__iter__")
-    values = [(other, other.meta.get("val")) for other in others]
-    return [other for other, value in values if isinstance(value, Tensor) and value.ndim == 4 and value.shape == shape]
+    values = [(other, other.meta.get("val")) for other in (node, *others)]
+    maps = {other: value.shape for other, value in values if isinstance(value, Tensor) and value.ndim == 4}
+    return [other for other, shape in maps.items() if other is not node and shape == maps.get(node)]
 
 
 def _shape(node: fx.Node) -> list[int]:

@@ -46,8 +46,9 @@ class Head:
 
     @property
     def name(self) -> str:
-        """The layers of the cut."""
-        return " + ".join(f"{target.name}{'' if target.use_conv_only else ' (ReLU)'}" for target in self.targets)
+        """The layers of the cut; "scores" where the head is the whole network."""
+        layers = (f"{target.name}{'' if target.use_conv_only else ' (ReLU)'}" for target in self.targets)
+        return " + ".join(layers) or "scores"
 
     def __call__(self, images: Tensor) -> Values:
         """The values at the cut, roots and crossings, raised to fp32, of images (N,3,H,W)."""

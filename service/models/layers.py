@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, fx
 
-from service.errors import MAX_ECHO, InvalidGenParams, ModelLoadError, UnknownLayer, nearest
-from service.models.grids import BATCH_NORMS, CONVOLUTIONS, Grid, find_grid
+from service.errors import MAX_ECHO, InvalidGenParams, UnknownLayer, nearest
+from service.models.grids import BATCH_NORMS, CONVOLUTIONS, Grid, propose_grids
+from service.models.places import find_places
 from service.models.program import Program, gradients_of, is_size
 
 aten = torch.ops.aten
@@ -50,11 +52,26 @@ class Target:
 class LayerTable:
     """The layers of one program, in the order in which they finish."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(
+        self, program: Program, places: Mapping[str, Grid | str] | None = None, *, trusted: bool = False
+    ) -> None:
+        """`places` says of every candidate, by the node's name, its grid or why it has none; found where not given.
+
+        `trusted` takes shapes at their word: for a copy of a network whose layers were shown.
+        """
         self._program = program
         self._order = {node: index for index, node in enumerate(program.nodes)}
         self._reaching = program.ancestors([program.logits])
+        self._sizes = {key: parameter.numel() for key, parameter in program.source.named_parameters()}
         self._calls = _module_calls(program)
+        if places is None:
+            proposals = self._proposals()
+            places = (
+                {node.name: grids[0] for node, grids in proposals.items()}
+                if trusted
+                else find_places(program, proposals)
+            )
+        self.places: Mapping[str, Grid | str] = places
         last = dict(sorted(self._calls))
         rows = [self._row(path, call, path) for path, call in last.items()]
         self.rows: tuple[Layer, ...] = tuple(sorted(rows, key=lambda row: row.position))
@@ -78,18 +95,18 @@ class LayerTable:
         return None
 
     @cached_property
-    def default(self) -> str:
-        """The deepest convolution whose output is not 1x1; the recommended layer where that is but the stem.
+    def default(self) -> str | None:
+        """The deepest convolution whose output is not 1x1, or the recommended layer; None where neither will do.
 
-        Raises ModelLoadError where the network has neither.
+        A convolution of the stem or in one of several parallel branches will not, nor will an early recommended layer.
         """
         convolutions = [row for row in self._targets() if row.node is not None and row.node.target in CONVOLUTIONS]
         if convolutions:
             deepest = max(convolutions, key=lambda row: (row.position, len(row.name)))
-            if not self._is_stem(deepest):
+            if not self._is_early(deepest) and not self._is_branch(deepest):
                 return deepest.name
-        if self.recommended is None:
-            raise ModelLoadError("no layer of the network is a spatial map through which a gradient flows")
+        if self.recommended is None or self._is_early(self._by_name[self.recommended]):
+            return None
         return self.recommended
 
     def relu(self, row: Layer) -> str | None:
@@ -105,7 +122,13 @@ class LayerTable:
         `None` is the default layer, "recommended" the recommended one, `name@k` call k of a module that is called
         more than once. Raises UnknownLayer or InvalidGenParams.
         """
-        row = self._find(self.default if name is None else name)
+        name = self.default if name is None else name
+        if name is None:
+            raise UnknownLayer(
+                "This network has no default layer: no late layer is on every path from the picture to the scores. "
+                "Name one in target_conv_layer; GET /models/<id>/layers lists them."
+            )
+        row = self._find(name)
         if row.node is None or row.grid is None:
             hint = nearest(row.name, (other.name for other in self._targets()))
             raise UnknownLayer(f"Layer {row.name!r} cannot be a target: {row.reason}.{hint}")
@@ -140,15 +163,11 @@ class LayerTable:
 
     def _row(self, path: str, call: int, name: str) -> Layer:
         nodes = self._calls[path, call]
-        inside = set(nodes)
-        outputs = [node for node in nodes if any(user not in inside for user in node.users)]
-        node = outputs[0] if len(outputs) == 1 else None
-        grid: Grid | str = "it has several outputs" if len(outputs) > 1 else "its output is not used"
-        if node is not None:
-            grid = self._grid(node)
+        output = self._output(nodes)
+        node = None if isinstance(output, str) else output
+        grid = output if isinstance(output, str) else self._grid(output)
         shown = node or nodes[-1]
-        prefix = path + "."
-        parameters = (p.numel() for key, p in self._program.source.named_parameters() if key.startswith(prefix))
+        parameters = (size for key, size in self._sizes.items() if key.startswith(path + "."))
         return Layer(
             name=name,
             type=_type_of(nodes[-1], path),
@@ -160,19 +179,48 @@ class LayerTable:
             reason=grid if isinstance(grid, str) else None,
         )
 
+    def _proposals(self) -> dict[fx.Node, tuple[Grid, ...]]:
+        """The grids that shapes allow, of every call of every module that may be a target."""
+        outputs = {node for nodes in self._calls.values() if isinstance(node := self._output(nodes), fx.Node)}
+        proposed = {node: self._propose(node) for node in sorted(outputs, key=self._order.__getitem__)}
+        return {node: grids for node, grids in proposed.items() if not isinstance(grids, str)}
+
+    def _output(self, nodes: list[fx.Node]) -> fx.Node | str:
+        """What a call returns, or why that can't be a target."""
+        inside = set(nodes)
+        outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+        if len(outputs) == 1:
+            return outputs[0]
+        return "it has several outputs" if outputs else "its output is not used"
+
     def _grid(self, node: fx.Node) -> Grid | str:
+        proposed = self._propose(node)
+        return proposed if isinstance(proposed, str) else self.places[node.name]
+
+    def _propose(self, node: fx.Node) -> tuple[Grid, ...] | str:
         if not isinstance(value := node.meta.get("val"), Tensor) or not value.is_floating_point():
-            return "its output is no tensor of floating-point numbers"
+            return "its output is not a tensor of floating-point numbers"
         if node not in self._program.tainted:
             return "its output does not depend on the picture"
         if node not in self._reaching:
             return "the scores do not depend on it"
         if not self._program.is_batched(node):
             return "dimension 0 of its output is not the batch"
-        return find_grid(node)
+        return propose_grids(self._program.images.meta["val"], node)
 
-    def _is_stem(self, row: Layer) -> bool:
-        """Whether most weighted operations on places of the picture come after the convolution."""
+    def _is_branch(self, row: Layer) -> bool:
+        """Whether weighted operations run beside the convolution, on a path that does not lead through it.
+
+        A shortcut around it, such as that of a residual block, is not a branch.
+        """
+        assert row.node is not None
+        node = _folded(row.node)
+        before = self._program.ancestors([node])
+        beside = self._program.ancestors(self._program.crossing(node), stop=frozenset(before)) - before
+        return any(other.target in WEIGHTED for other in beside)
+
+    def _is_early(self, row: Layer) -> bool:
+        """Whether most weighted operations on places of the picture come after the layer, as after a stem."""
         weighted = [
             index
             for node, index in self._order.items()

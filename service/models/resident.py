@@ -18,8 +18,9 @@ from service.models.activations import ActivationCache
 from service.models.architectures import build, digest
 from service.models.heads import DTYPES, Heads
 from service.models.labels import read_labels
-from service.models.layers import LayerTable
+from service.models.layers import LayerTable, Target
 from service.models.program import Program, capture
+from service.models.proof import proven_layers
 from service.models.spec import ModelSpec
 
 
@@ -48,13 +49,17 @@ class Model:
 
     def predict(self, images: Tensor) -> Tensor:
         """The logits of images (N,3,H,W), without a graph, through the head that is compiled first."""
-        target = self.layers.target(None, True)
-        head = self.heads.at(target)
+        head = self.heads.at(*self.cut)
         self.heads.on_use(head)
         values = head(images)
         with torch.no_grad():
-            logits: Tensor = self.program.split(target.node).tail(*values)
+            logits: Tensor = self.program.split(*(target.node for target in self.cut)).tail(*values)
             return logits
+
+    @cached_property
+    def cut(self) -> tuple[Target, ...]:
+        """Where the network is cut if nothing else is asked for: at the default layer, nowhere if it has none."""
+        return () if self.layers.default is None else (self.layers.target(None, True),)
 
     @cached_property
     def class_ids(self) -> dict[str, list[int]]:
@@ -90,7 +95,7 @@ def load(
     revision = digest(spec, labels, module, folder)
     stem = f"{revision.removeprefix('sha256:')}-{device}".replace(":", "-")
     program = Program(capture(module, example, captured and captured / f"{stem}.pt2"), spec.output.activation)
-    layers = LayerTable(program)
+    layers = proven_layers(program, captured and captured / f"{stem}.layers.json")
     reduced = _reduced(module, spec, example, captured and captured / f"{stem}-{spec.serving.precision}.pt2")
     heads = Heads(program, spec.serving.precision, reduced, activations, revision)
     fit = Fit(spec.input.size, spec.input.fit, spec.input.resize, spec.input.interpolation, spec.input.mean)
@@ -105,7 +110,7 @@ def _reduced(
     if dtype == torch.float32:
         return None
     program = Program(capture(copy.deepcopy(module).to(dtype), example.to(dtype), file), spec.output.activation)
-    return program, LayerTable(program)
+    return program, LayerTable(program, trusted=True)
 
 
 def _count_classes(module: nn.Module, example: Tensor) -> int:

@@ -67,7 +67,7 @@ class Compiler:
         self._thread.start()
 
     def add(self, model: Model, entry: Entry) -> None:
-        """Compile the head of the default layer, and later each head that is used often."""
+        """Compile the head that predictions use, and later each head that is used often."""
 
         def used(head: Head) -> None:
             with self._counting:
@@ -77,9 +77,9 @@ class Compiler:
                     self._wanted.put((model, entry, head))
 
         model.heads.on_use = used
-        default = model.heads.at(model.layers.target(None, use_conv_only=True))
-        default.uses = COMPILE_AFTER
-        self._wanted.put((model, entry, default))
+        first = model.heads.at(*model.cut)
+        first.uses = COMPILE_AFTER
+        self._wanted.put((model, entry, first))
 
     def remove(self, model: Model) -> None:
         """The model serves no more."""

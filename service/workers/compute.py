@@ -78,7 +78,7 @@ def _explain_at_once(
 ) -> list[Explained]:
     images = model.normalise(pictures)
     by_node = {target.node: target for task in tasks for target in task.targets}
-    targets = tuple(by_node.values()) or (model.layers.target(None, True),)
+    targets = tuple(by_node.values()) or model.cut
     head = model.heads.at(*targets)
     means = Means(model.predict, chunk, check)
     one = Pass(model.program, images, targets, model.heads.values(head, images, pictures), means)

@@ -49,10 +49,11 @@ def load_into(engine: Engine, entry: Entry, captured: Path | None = None) -> Mod
 
 
 def _prove(model: Model, engine: Engine) -> None:
-    """Explain two random pictures, backward to the default layer and to the picture."""
+    """Explain two random pictures, backward to the default layer, if there is one, and to the picture."""
     size = (2, *model.spec.input.size, 3)
     pictures = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
-    request = ExplainRequest(model.id, pictures=(b"",) * 2, target_classes=((),) * 2, methods=("guided_grad_cam",))
+    methods = ("grad_cam", "saliency") if model.cut else ("saliency",)
+    request = ExplainRequest(model.id, pictures=(b"",) * 2, target_classes=((),) * 2, methods=methods)
     try:
         engine.device.run(model, make_plan(request, model), pictures)
     except Exception as error:

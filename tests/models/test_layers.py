@@ -230,7 +230,7 @@ def test_what_cannot_be_a_target_says_why() -> None:
     reasons = {one.name: one.reason for one in of.rows}
     assert reasons["halves"] == "it has several outputs"
     assert reasons["positions"] == "its output does not depend on the picture"
-    assert reasons["head"] == "its output has 2 dimensions: it is no map and no token grid"
+    assert reasons["head"] == "its output has 2 dimensions: it is neither a map nor a token grid"
     assert reasons["halves.conv"] is None
     assert "drop" not in reasons
     for name in ("unused", "aside"):  # torch.export may drop what nobody reads

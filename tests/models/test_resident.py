@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.errors import ModelLoadError
+from service.errors import ModelLoadError, UnknownLayer
 from service.models.activations import ActivationCache
 from service.models.architectures import build
 from service.models.heads import DTYPES
@@ -29,6 +29,17 @@ def softmax():
 
 def sigmoid():
     return body(nn.Sigmoid())
+
+class Mixing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = body()
+
+    def forward(self, x):
+        return self.body(x - x.mean(0))
+
+def mixing():
+    return Mixing()
 
 def maps():
     return nn.Conv2d(3, 4, 3)
@@ -126,20 +137,36 @@ def test_a_network_that_is_no_classifier_is_refused_with_the_reason(folder: Path
         loaded(folder, factory)
 
 
-def test_a_network_without_a_map_has_no_default_layer(folder: Path) -> None:
-    with pytest.raises(ModelLoadError, match="no layer of the network is a spatial map"):
-        _ = loaded(folder, "flat").layers.default
+def test_a_network_without_a_map_has_no_default_layer_and_is_predicted_whole(folder: Path) -> None:
+    model = loaded(folder, "flat")
+    assert model.layers.default is None
+    with pytest.raises(UnknownLayer, match="no default layer"):
+        explain(model, request(1, methods=("grad_cam",)), pictures(1, 8))
+    images = model.normalise(shown := pictures(2, 8))
+    inputs = images.clone().requires_grad_()
+    scores = build(model.spec, folder)(inputs)
+    assert torch.equal(model.predict(images), scores)
+    (gradient,) = torch.autograd.grad(scores[:, 1].sum(), inputs)
+    answers = explain(model, request(2, (1,), (1,), methods=("saliency",)), shown)
+    for answer, expected in zip(answers, gradient.abs().amax(dim=1), strict=True):
+        np.testing.assert_allclose(answer.maps[0].values, expected.numpy(), rtol=1e-5)
+
+
+def test_a_network_that_mixes_the_pictures_of_a_batch_is_refused(folder: Path) -> None:
+    with pytest.raises(ModelLoadError, match="change with the other pictures of its batch"):
+        loaded(folder, "mixing")
 
 
 def test_a_captured_model_is_read_back_and_explains_the_same(folder: Path, tmp_path: Path) -> None:
     kept = tmp_path / "captured"
     kept.mkdir()
     first = loaded(folder, "logits", captured=kept)
-    (file,) = kept.iterdir()
-    made = file.stat().st_mtime_ns
+    made = {file: file.stat().st_mtime_ns for file in kept.iterdir()}
+    assert len(made) == 2  # the program, and what was proven of it
     again = loaded(folder, "logits", captured=kept)
-    assert [one.stat().st_mtime_ns for one in kept.iterdir()] == [made]
+    assert {file: file.stat().st_mtime_ns for file in kept.iterdir()} == made
     assert first.revision == again.revision
+    assert first.layers.places == again.layers.places
     asked, shown = request(2, (0, 2), (), methods=("grad_cam", "guided_grad_cam")), pictures(2, 8)
     for one, other in zip(explain(first, asked, shown), explain(again, asked, shown), strict=True):
         np.testing.assert_array_equal(one.confidences, other.confidences)
@@ -182,13 +209,13 @@ def test_a_reduced_model_is_read_back_with_its_reduced_head(folder: Path, missin
     kept = folder / "captured"
     kept.mkdir()
     first = loaded(folder, "logits", captured=kept, precision="bf16")
-    exact, reduced = sorted(kept.iterdir(), key=lambda file: "bf16" in file.name)
+    exact, reduced = sorted(kept.glob("*.pt2"), key=lambda file: "bf16" in file.name)
     if missing in ("the exact one", "both"):
         exact.unlink()
     if missing in ("the reduced one", "both"):
         reduced.unlink()
     again = loaded(folder, "logits", captured=kept, precision="bf16")
-    assert sorted(kept.iterdir()) == sorted([exact, reduced])
+    assert sorted(kept.glob("*.pt2")) == sorted([exact, reduced])
     images = first.normalise(pictures(2, 8))
     one, other = (model.heads.at(model.layers.target(None, True)) for model in (first, again))
     assert one.precision == other.precision == "bf16"

@@ -12,6 +12,7 @@ from torchvision.models.maxvit import MaxVit
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 
 from service.models.layers import Layer, LayerTable
+from service.models.places import UNSHOWN
 from service.models.program import Program
 from tests.nets import close_to, deep, images, program_of, seeded, table, trace_of
 
@@ -178,5 +179,5 @@ class Unrolled(nn.Module):
 
 def test_tokens_in_another_order_than_the_pictures_are_refused() -> None:
     of = LayerTable(program_of(seeded(Unrolled), 16))
-    assert {row.name: row.reason for row in of.rows}["norm"] == "no patch grid explains its 16 tokens"
+    assert {row.name: row.reason for row in of.rows}["norm"] == UNSHOWN
     assert of.recommended == "patches"

@@ -1,0 +1,169 @@
+"""Which layers are pictures, on networks whose truth is known by construction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from service.models.grids import Grid
+from service.models.layers import Layer, LayerTable
+from service.models.places import PATCHES, UNSHOWN, make_patches
+from tests.nets import from_timm, program_of, seeded, table
+
+SIDE = 32
+TOKENS = 8  # a side of the grid of patches
+Order = Callable[[Tensor], Tensor]
+
+ORDERS: dict[str, Order] = {
+    "the picture's": lambda x: x,
+    "transposed": lambda x: x.transpose(2, 3),
+    "upside down": lambda x: x.flip(2),
+    "mirrored": lambda x: x.flip(3),
+    "turned": lambda x: x.rot90(1, (2, 3)),
+    "rolled by a half": lambda x: x.roll(4, 3),
+    "2 x 2 units": lambda x: x.reshape(-1, 16, 4, 2, 4, 2).permute(0, 1, 2, 4, 3, 5).reshape(x.shape),
+    "units of 4 x 4": lambda x: x.reshape(-1, 16, 2, 4, 2, 4).permute(0, 1, 2, 4, 3, 5).reshape(x.shape),
+    "rows two by two": lambda x: x.reshape(-1, 16, 4, 2, 8).transpose(3, 4).reshape(x.shape),
+}
+
+
+class Tokens(nn.Module):
+    """Patches flattened in some order, mixed a little by an attention, and read through their mean."""
+
+    def __init__(self, order: Order) -> None:
+        super().__init__()
+        self.order = order
+        self.patches = nn.Conv2d(3, 16, 4, stride=4)
+        self.norm = nn.LayerNorm(16)
+        self.mix = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.order(self.patches(x)).flatten(2).transpose(1, 2))
+        x = x + F.scaled_dot_product_attention(x, x, x)
+        scores: Tensor = self.head(self.mix(x).relu().mean(dim=1))
+        return scores
+
+
+@pytest.mark.parametrize("order", list(ORDERS))
+def test_only_tokens_in_the_order_of_the_picture_are_targets(order: str) -> None:
+    of = LayerTable(program_of(seeded(lambda: Tokens(ORDERS[order])), SIDE))
+    grids = {name: row(of, name).grid for name in ("patches", "norm", "mix")}
+    right = Grid(TOKENS, TOKENS, channel_axis=2, prefix=0) if order == "the picture's" else None
+    assert grids == {"patches": Grid(TOKENS, TOKENS, channel_axis=1), "norm": right, "mix": right}
+    assert right or row(of, "norm").reason == UNSHOWN
+
+
+@pytest.mark.parametrize("order", list(ORDERS))
+def test_a_map_is_a_target_only_where_its_rows_and_columns_are_the_pictures(order: str) -> None:
+    """Channels first, which no shape tells from a map in another order."""
+
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 16, 4, stride=4)
+            self.last = nn.Conv2d(16, 8, 3, padding=1)
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.last(ORDERS[order](self.patches(x)).relu())
+            scores: Tensor = self.head(x.relu().mean(dim=(2, 3)))
+            return scores
+
+    of = LayerTable(program_of(seeded(Moved), SIDE))
+    assert row(of, "patches").grid is not None
+    assert (row(of, "last").grid is not None) == (order == "the picture's")
+
+
+class Branches(nn.Module):
+    """Added to one right map: a branch that is 0, as a zero-initialised norm leaves it, and a mirrored one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, stride=4)
+        self.inside = nn.Conv2d(16, 16, 1)
+        self.norm = nn.BatchNorm2d(16)
+        nn.init.zeros_(self.norm.weight)
+        self.mirror = Mirror()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.gate = nn.Conv2d(16, 16, 1)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x)
+        x = x + self.norm(self.inside(x)) + 0.1 * self.mirror(x)
+        scores: Tensor = self.head((x * self.gate(self.pool(x)).sigmoid()).mean(dim=(2, 3)))
+        return scores
+
+
+class Mirror(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flip(3)
+
+
+def test_a_silent_layer_inherits_and_one_that_says_otherwise_does_not() -> None:
+    of = LayerTable(program_of(seeded(Branches), SIDE))
+    reasons = {name: row(of, name).reason for name in ("patches", "inside", "norm", "mirror", "gate")}
+    assert reasons == {"patches": None, "inside": None, "norm": None, "mirror": UNSHOWN, "gate": "its output is 1x1"}
+
+
+def test_a_silent_layer_without_a_right_neighbour_cannot_be_shown() -> None:
+    """Nothing but reshapes leads from its four-dimensional zeros to the map."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 16, 4, stride=4)
+            self.parts = nn.Unflatten(2, (4, 16))
+            self.norm = nn.BatchNorm2d(16)
+            nn.init.zeros_(self.norm.weight)
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patches(x)
+            parts = self.norm(self.parts(x.flatten(2)))
+            scores: Tensor = self.head((x + parts.reshape(x.shape)).mean(dim=(2, 3)))
+            return scores
+
+    of = LayerTable(program_of(seeded(Parts), SIDE))
+    assert row(of, "patches").reason is None
+    assert row(of, "norm").reason == UNSHOWN
+
+
+@pytest.mark.parametrize(
+    ("network", "side", "wrong", "right"),
+    [
+        ("mobilevitv2_050", 128, "stages.4.1.transformer.1", "stages.4.1.conv_1x1"),
+        ("cait_xxs24_224", 96, "blocks.0.attn.proj_l", "blocks.0.attn.proj"),
+        ("hiera_tiny_224", 96, "blocks.1", "blocks.11"),
+        ("hiera_tiny_224", 224, "blocks.5", "blocks.11"),
+    ],
+)
+def test_what_has_the_shape_of_a_map_and_is_none_is_refused(network: str, side: int, wrong: str, right: str) -> None:
+    """Patches of patches (N,C,4,P), attention matrices (N,T,T,heads), tokens in the order of units."""
+    of = table(from_timm(network, (side, side), resized=not network.startswith("mobile"))[1])
+    assert row(of, wrong).reason == UNSHOWN
+    assert row(of, right).reason is None
+    assert of.default is not None
+
+
+@pytest.mark.parametrize("size", [(32, 32), (7, 3), (224, 100), (1, 9)])
+def test_the_patches_are_where_they_are_said_to_be_and_nothing_else_changes(size: tuple[int, int]) -> None:
+    program = program_of(seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * size[0] * size[1], 2))), size)
+    patches = make_patches(program)
+    assert patches.copies.shape == (PATCHES, 3, *size)
+    for copy, down, across in zip(patches.copies, patches.rows, patches.columns, strict=True):
+        where = (copy != patches.base[0]).any(dim=0).nonzero()
+        top_left, bottom_right = where.amin(dim=0), where.amax(dim=0) + 1
+        assert len(where) == (bottom_right - top_left).prod()
+        assert torch.allclose((top_left + bottom_right) / 2 / torch.tensor(size), torch.stack([down, across]))
+    if min(size) >= PATCHES:
+        assert torch.corrcoef(torch.stack([patches.rows, patches.columns]))[0, 1].abs() < 0.1
+
+
+def row(of: LayerTable, name: str) -> Layer:
+    return next(row for row in of.rows if row.name == name)
