@@ -12,7 +12,7 @@ from service.explain.mathematics import GradModifier, principal_component, summe
 from service.explain.trace import Trace
 from service.imaging.maps import Scaling
 from service.models.layers import Target
-from service.models.program import Program
+from service.models.program import Program, Rule
 
 Family = Literal["cam", "pixel", "perturbation"]
 
@@ -110,6 +110,10 @@ class Method(ABC):
 
     def refusal(self, program: Program, target: Target | None) -> str | None:  # noqa: ARG002
         """Why the method can't serve this network at this target; None where it can."""
+        return None
+
+    def rule(self, params: GenParams) -> Rule | None:  # noqa: ARG002
+        """By which rule activation functions pass the gradients that it reads; None for the gradient itself."""
         return None
 
     @abstractmethod

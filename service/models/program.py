@@ -17,27 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from service.errors import ModelLoadError
+from service.models.nonlinearities import Nonlinearities
 
 logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
-ACTIVATIONS = frozenset(
-    {
-        aten.relu.default,
-        aten.relu6.default,
-        aten.hardtanh.default,
-        aten.silu.default,
-        aten.gelu.default,
-        aten.hardswish.default,
-        aten.leaky_relu.default,
-        aten.prelu.default,
-        aten.elu.default,
-        aten.selu.default,
-        aten.celu.default,
-        aten.mish.default,
-    }
-)
 Rule = Literal["guided", "deconv"]
 """How activation functions pass gradients: by the rule of guided backpropagation, or of a deconvolution network."""
 REASON_LENGTH = 400
@@ -135,6 +120,11 @@ class Program:
         self._observed = functools.lru_cache(MAX_SPLITS)(self._observe)
         self._lock = threading.Lock()
 
+    @functools.cached_property
+    def nonlinearities(self) -> Nonlinearities:
+        """The network's activation functions, and what of it is not understood as one."""
+        return Nonlinearities(self.images, self.ancestors([self.logits]))
+
     @property
     def num_classes(self) -> int:
         return int(self.logits.meta["val"].shape[1])
@@ -158,6 +148,7 @@ class Program:
         `guided` clips the output gradient of every activation function at 0: for a ReLU this is the paper's rule
         relu(g)·1[x>0] (Springenberg et al. 2015); every other activation function gets the same gate in front of its
         own derivative. `deconv` gives a ReLU the gradient relu(g) (Zeiler and Fergus 2014), and the others the gate.
+        What an activation function is, `nonlinearities` tells; a function of several operations gets one gate.
         """
         return self.split(rule=rule).head
 
@@ -228,6 +219,9 @@ class Program:
                 waiting.extend(node.all_input_nodes)
         return found
 
+    def _relu_argument(self, node: fx.Node) -> fx.Node | None:
+        return self.nonlinearities.relu_argument(node) if node in self.nonlinearities.gated else None
+
     def _is_batch_size(self, node: fx.Node) -> bool:
         return node.target is aten.sym_size.int and node.args[0] is self.images
 
@@ -246,13 +240,13 @@ class Program:
                 continue
             if self._is_batch_size(node):
                 new[node] = graph.call_function(aten.sym_size.int, (new[inputs[0]], 0))
-            elif rule == "deconv" and node.target is aten.relu.default:
-                new[node] = graph.call_function(deconv_relu, (new[node.all_input_nodes[0]],))
+            elif rule == "deconv" and (argument := self._relu_argument(node)) in new:
+                new[node] = graph.call_function(deconv_relu, (new[argument],))
             else:
                 new[node] = graph.node_copy(node, new.__getitem__)
                 if node.target is aten.view.default:  # which refuses values that lie in memory otherwise than captured
                     new[node].target = aten.reshape.default
-                if rule and node.target in ACTIVATIONS:
+                if rule and node in self.nonlinearities.gated:
                     new[node] = graph.call_function(gate, (new[node],))
         results = tuple(new[node] for node in outputs)
         graph.output(results if len(results) > 1 else results[0])
