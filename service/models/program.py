@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from service.errors import ModelLoadError
 from service.models.nonlinearities import Nonlinearities
+from service.models.outputs import Confidence, logits_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +28,6 @@ Rule = Literal["guided", "deconv"]
 """How activation functions pass gradients: by the rule of guided backpropagation, or of a deconvolution network."""
 REASON_LENGTH = 400
 MAX_SPLITS = 64
-SQUASHING = {  # the logarithm of a softmax is not the logit either
-    "softmax": (aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default),
-    "sigmoid": (aten.sigmoid.default,),
-}
 
 
 def _copy_out_of_place(self: Tensor, source: Tensor, _non_blocking: bool = False) -> Tensor:
@@ -102,20 +99,24 @@ class Split:
 class Program:
     """A captured network and what is made of it: cuts, and rewrites with other gradients, made once and kept."""
 
-    def __init__(self, graph_module: fx.GraphModule, activation: str = "logits") -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, activation: str = "logits", confidence: Confidence | None = None
+    ) -> None:
         """`activation` says what the network returns; a trailing softmax or sigmoid is cut off.
+
+        `confidence` says how probabilities are made of the logits, None: by what the network ends in.
 
         Raises ModelLoadError where the output is not one score per class.
         """
         self.source = graph_module
+        self.logits = logits_of(graph_module.graph, activation)
         self.nodes: tuple[fx.Node, ...] = tuple(graph_module.graph.nodes)
         self.images = next(node for node in self.nodes if node.op == "placeholder")
         self._batch: torch.SymInt = self.images.meta["val"].shape[0]
-        self.logits = _logits(graph_module.graph, activation)
         self._check_scores()
         self.tainted = self.descendants(self.images)
         self._order = {node: index for index, node in enumerate(self.nodes)}
-        self._activation = activation
+        self._confidence = confidence or ("sigmoid" if activation == "sigmoid" else "softmax")
         self._split = functools.lru_cache(MAX_SPLITS)(self._cut)
         self._observed = functools.lru_cache(MAX_SPLITS)(self._observe)
         self._lock = threading.Lock()
@@ -131,7 +132,7 @@ class Program:
 
     def confidences(self, logits: Tensor) -> Tensor:
         """Probabilities (N,classes): softmax, or sigmoid where the classes are independent."""
-        return logits.sigmoid() if self._activation == "sigmoid" else logits.softmax(dim=1)
+        return logits.sigmoid() if self._confidence == "sigmoid" else logits.softmax(dim=1)
 
     def split(self, *targets: fx.Node, rule: Rule | None = None) -> Split:
         """The network cut at `targets`, kept for the next time; the tail holds what depends on them.
@@ -256,18 +257,6 @@ class Program:
 def is_size(node: fx.Node) -> bool:
     """Whether the node is a number (a size, or arithmetic on sizes) rather than a tensor."""
     return isinstance(node.meta.get("val"), torch.SymInt | int)
-
-
-def _logits(graph: fx.Graph, activation: str) -> fx.Node:
-    (outputs,) = graph.output_node().args
-    if isinstance(outputs, tuple | list) and len(outputs) == 1:
-        outputs = outputs[0]
-    if not isinstance(outputs, fx.Node):
-        raise ModelLoadError("the network returns more than one value; a classifier returns one tensor of scores")
-    ending = next((name for name, targets in SQUASHING.items() if outputs.target in targets), "logits")
-    if ending != activation:
-        raise ModelLoadError(f"the network ends in {ending}, but output.activation says {activation!r}")
-    return outputs if ending == "logits" else outputs.all_input_nodes[0]
 
 
 def as_tuple(values: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -183,12 +183,27 @@ def test_guided_scores_are_the_plain_ones() -> None:
     assert torch.equal(program.network("guided")(pictures), module(pictures))
 
 
+class Squeezed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.squeeze(-1)
+
+
+class Clamped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(1e-4, 1 - 1e-4)
+
+
 @pytest.mark.parametrize(
     ("activation", "layers"),
     [
         ("softmax", [nn.Softmax(dim=1)]),
         ("softmax", [nn.LogSoftmax(dim=1)]),
         ("sigmoid", [nn.Sigmoid()]),
+        ("softmax", [nn.Unflatten(1, (4, 1, 1)), nn.Softmax(dim=1), nn.Flatten()]),
+        ("softmax", [nn.Softmax(dim=-1), nn.Unflatten(1, (2, 2)), nn.Flatten()]),
+        ("softmax", [nn.Unflatten(1, (4, 1)), nn.LogSoftmax(dim=-2), Squeezed()]),
+        ("sigmoid", [nn.Sigmoid(), Clamped()]),
+        ("sigmoid", [nn.Unflatten(1, (4, 1, 1)), nn.Sigmoid(), Clamped(), nn.Flatten()]),
         ("logits", []),
     ],
 )
@@ -205,6 +220,9 @@ def test_a_trailing_softmax_or_sigmoid_is_cut_off(activation: str, layers: list[
         ("logits", [nn.Sigmoid()], "ends in sigmoid, but output.activation says 'logits'"),
         ("softmax", [], "ends in logits, but output.activation says 'softmax'"),
         ("sigmoid", [nn.Softmax(dim=1)], "ends in softmax, but output.activation says 'sigmoid'"),
+        ("logits", [nn.Softmax(dim=1), nn.Unflatten(1, (2, 2)), nn.Flatten()], "ends in softmax, but .* says 'logits'"),
+        ("softmax", [nn.Softmax(dim=0)], "softmax runs over the batch"),
+        ("softmax", [nn.Softmax(dim=-2), nn.Flatten()], "softmax runs over the batch"),
     ],
 )
 def test_another_ending_than_the_declared_one_is_refused(activation: str, layers: list[nn.Module], reason: str) -> None:
