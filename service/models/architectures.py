@@ -185,7 +185,7 @@ def _state_dict(content: object) -> Mapping[str, Tensor]:
 
 def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     own = module.state_dict()
-    weights = _with_versions(_without_data_parallel(weights, own), own)
+    weights = _with_versions(_without_data_parallel(weights, own), own, module)
     shapes = [
         f"{key} is {tuple(weights[key].shape)}, not {tuple(own[key].shape)}"
         for key in own
@@ -206,11 +206,15 @@ def _without_data_parallel(weights: Mapping[str, Tensor], own: Mapping[str, Tens
     return renamed
 
 
-def _with_versions(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The weights with their modules' versions, this network's own where the file has none (as in safetensors)."""
-    versions = getattr(weights, "_metadata", None) or getattr(own, "_metadata", {})
+def _with_versions(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], module: nn.Module) -> Mapping[str, Tensor]:
+    """The weights with their modules' versions, the network's own where the file has none (as in safetensors).
+
+    Batch norms keep none then: old ones lack `num_batches_tracked`, and load without it.
+    """
     versioned = OrderedDict(weights)
-    versioned._metadata = versions  # type: ignore[attr-defined]
+    norms = {path for path, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._NormBase)}
+    known = {path: each for path, each in getattr(own, "_metadata", {}).items() if path not in norms}
+    versioned._metadata = getattr(weights, "_metadata", None) or known  # type: ignore[attr-defined]
     return versioned
 
 
