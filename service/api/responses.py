@@ -32,7 +32,15 @@ class HeatmapEntry(Wire):
     value_range: tuple[float | None, float | None] = Field(
         description="Minimum and maximum of the raw map at the layer's resolution."
     )
-    degenerate: Literal["all_zero", "all_negative", "constant", "not_finite"] | None
+    rounding_error: float | None = Field(
+        description="How far rounding may have moved the raw map at its worst place; null: not estimated."
+    )
+    completeness_error: float | None = Field(
+        description="By which share of the difference of the scores the values of `integrated_gradients` miss it."
+    )
+    degenerate: Literal["all_zero", "all_negative", "constant", "not_finite", "cancelled"] | None = Field(
+        description="Why the map shows nothing. `cancelled`: the rounding error is over a tenth of its maximum."
+    )
     format: Format
     media_type: str
     width: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Annotated, ClassVar, Literal, TypeVar
 
+import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from service.explain.mathematics import GradModifier, principal_component, summe
 from service.explain.trace import Trace
 from service.imaging.maps import Scaling
 from service.models.layers import Target
-from service.models.program import Program
+from service.models.program import Program, Rule
 
 Family = Literal["cam", "pixel", "perturbation"]
 
@@ -112,6 +113,18 @@ class Method(ABC):
         """Why the method can't serve this network at this target; None where it can."""
         return None
 
+    def rule(self, params: GenParams) -> Rule | None:  # noqa: ARG002
+        """By which rule activation functions pass the gradients that it reads; None for the gradient itself."""
+        return None
+
+    def rounding_error(self, trace: Trace, params: GenParams) -> Tensor | None:  # noqa: ARG002
+        """An estimate of the error (N,) by which rounding moved the map at its worst place; None: there is none."""
+        return None
+
+    def completeness_error(self, trace: Trace, params: GenParams, values: Tensor) -> Tensor | None:  # noqa: ARG002
+        """By which share (N,) of it the map misses the difference of scores that it should add up to, if it should."""
+        return None
+
     @abstractmethod
     def heatmap(self, trace: Trace, params: GenParams) -> Tensor:
         """The raw float32 map: (N,h,w) with one channel, signed (N,H,W,3) with three. Never scaled or clipped."""
@@ -126,6 +139,16 @@ class WeightedCam(Method):
     @abstractmethod
     def weighted(self, trace: Trace, params: WeightedCamParams) -> Tensor:
         """The activation of the target layer, each value with its weight, (N,C,h,w)."""
+
+    def term_error(self, trace: Trace, params: WeightedCamParams) -> Tensor | None:  # noqa: ARG002
+        """The magnitudes (N,h,w) that are rounded at each place; None where the method declares none."""
+        return None
+
+    def rounding_error(self, trace: Trace, params: GenParams) -> Tensor | None:
+        assert isinstance(params, WeightedCamParams)
+        if params.eigen_smooth or params.aug_smooth or (magnitudes := self.term_error(trace, params)) is None:
+            return None
+        return torch.finfo(magnitudes.dtype).eps * magnitudes.flatten(1).amax(dim=1)
 
     def heatmap(self, trace: Trace, params: GenParams) -> Tensor:
         assert isinstance(params, WeightedCamParams)

@@ -12,7 +12,8 @@ from service.imaging.geometry import Geometry
 
 Size = Literal["original", "model"]
 Scaling = Literal["scale_after_relu", "scale_before_relu", "none"]
-Degeneracy = Literal["all_zero", "all_negative", "constant", "not_finite"]
+Degeneracy = Literal["all_zero", "all_negative", "constant", "not_finite", "cancelled"]
+CANCELLED = 0.1
 Floats = NDArray[np.float32]
 
 
@@ -46,13 +47,18 @@ def scale(values: Floats, scaling: Scaling) -> Floats:
     return _divide(relu, relu if scaling == "scale_after_relu" else np.abs(values))
 
 
-def degeneracy(raw: Floats) -> Degeneracy | None:
-    """Why a raw map (h, w) or (h, w, 3) shows nothing, or None; `all_negative` is of one-channel maps only."""
+def degeneracy(raw: Floats, rounding_error: float | None = None) -> Degeneracy | None:
+    """Why a raw map (h, w) or (h, w, 3) shows nothing, or None; `all_negative` is of one-channel maps only.
+
+    `cancelled`: the summands cancelled, so that the rounding error is above a tenth of the largest absolute value.
+    """
     if not np.isfinite(raw).all():
         return "not_finite"
     lowest, highest = raw.min(), raw.max()
     if lowest == 0 and highest == 0:
         return "all_zero"
+    if rounding_error is not None and not rounding_error <= CANCELLED * max(-lowest, highest):
+        return "cancelled"
     if raw.ndim == 2 and highest <= 0:
         return "all_negative"
     return "constant" if lowest == highest else None

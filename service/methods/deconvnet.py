@@ -6,6 +6,7 @@ from torch import Tensor
 
 from service.explain.method import GenParams, Method, register
 from service.explain.trace import Trace
+from service.models.program import Rule
 
 
 @register
@@ -20,6 +21,9 @@ class Deconvnet(Method):
     )
     cost = "one forward pass, one backward pass"
     Params = GenParams
+
+    def rule(self, params: GenParams) -> Rule | None:
+        return "deconv"
 
     def heatmap(self, trace: Trace, params: GenParams) -> Tensor:
         """dy/dx under the rule relu(g) of the paper's section 2.1, (N,H,W,3)."""

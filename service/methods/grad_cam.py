@@ -6,8 +6,9 @@ from pydantic import Field
 from torch import Tensor
 
 from service.explain.mathematics import BackpropModifier, channels_weighted, modified, rule_of
-from service.explain.method import GradientCamParams, WeightedCam, WeightedCamParams, register
+from service.explain.method import GenParams, GradientCamParams, WeightedCam, WeightedCamParams, register
 from service.explain.trace import Trace
+from service.models.program import Rule
 
 
 class GradCamParams(GradientCamParams):
@@ -24,7 +25,11 @@ class GradCam(WeightedCam):
     cost = "one forward pass, one backward pass through what follows the target layer"
     Params = GradCamParams
 
+    def rule(self, params: GenParams) -> Rule | None:
+        assert isinstance(params, GradCamParams)
+        return rule_of(params.backprop_modifier)
+
     def weighted(self, trace: Trace, params: WeightedCamParams) -> Tensor:
         assert isinstance(params, GradCamParams)
-        gradient = trace.gradient_under(rule_of(params.backprop_modifier))
+        gradient = trace.gradient_under(self.rule(params))
         return channels_weighted(trace.activation, modified(gradient, params.grad_modifier).mean(dim=(2, 3)))

@@ -24,3 +24,11 @@ class GradCamPlusPlus(WeightedCam):
         total = activation.sum(dim=(2, 3), keepdim=True)
         weights = quotient(gradient.clamp(min=0), 2 + total * gradient).sum(dim=(2, 3))
         return channels_weighted(activation, weights)
+
+    def term_error(self, trace: Trace, params: WeightedCamParams) -> Tensor:
+        """The sum of |A_k| d_k, d_k = sum relu(g) (2 + |g| sum |A|) / (2 + S_k g)^2: what the denominators round."""
+        activation, gradient = trace.activation, trace.gradient
+        denominator = 2 + activation.sum(dim=(2, 3), keepdim=True) * gradient
+        rounded = 2 + activation.abs().sum(dim=(2, 3), keepdim=True) * gradient.abs()
+        errors = quotient(gradient.clamp(min=0) * rounded, denominator.square()).sum(dim=(2, 3))
+        return channels_weighted(activation.abs(), errors).sum(dim=1)

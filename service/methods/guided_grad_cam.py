@@ -7,6 +7,7 @@ from torch import Tensor
 from service.explain.mathematics import grad_cam, upsample
 from service.explain.method import GenParams, LayerParams, Method, register
 from service.explain.trace import Trace
+from service.models.program import Rule
 
 
 @register
@@ -18,6 +19,9 @@ class GuidedGradCam(Method):
     description = "The positive part of Grad-CAM times the guided-backpropagation gradient at the picture, signed."
     cost = "two forward passes, one full backward pass, one through what follows the target layer"
     Params = LayerParams
+
+    def rule(self, params: GenParams) -> Rule | None:
+        return "guided"
 
     def heatmap(self, trace: Trace, params: GenParams) -> Tensor:
         coarse = upsample(grad_cam(trace).clamp(min=0), like=trace.images)

@@ -20,3 +20,7 @@ class HiResCam(WeightedCam):
     def weighted(self, trace: Trace, params: WeightedCamParams) -> Tensor:
         assert isinstance(params, GradientCamParams)
         return modified(trace.gradient, params.grad_modifier) * trace.activation
+
+    def term_error(self, trace: Trace, params: WeightedCamParams) -> Tensor:
+        """The sum over channels of |g A|."""
+        return self.weighted(trace, params).abs().sum(dim=1)

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from service.explain.mathematics import quotient
 from service.explain.method import GenParams, Method, register
 from service.explain.trace import Trace
 
@@ -53,11 +54,22 @@ class IntegratedGradients(Method):
         maps = [_integrated(trace, picture, params) for picture in range(len(trace.images))]
         return torch.stack(maps).movedim(1, -1)
 
+    def completeness_error(self, trace: Trace, params: GenParams, values: Tensor) -> Tensor:
+        """The paper's axiom: |sum of the map - (y(x) - y(baseline))| over the difference of the scores, (N,)."""
+        assert isinstance(params, IntegratedGradientsParams)
+        difference = trace.score - trace.at(torch.stack([_start(image, params) for image in trace.images])).score
+        return quotient((values.flatten(1).sum(dim=1) - difference).abs(), difference.abs())
+
+
+def _start(image: Tensor, params: IntegratedGradientsParams) -> Tensor:
+    """Where the path to a picture (3,H,W) begins."""
+    return blurred(image, params.blur_sigma) if params.baseline == "blur" else torch.zeros_like(image)
+
 
 def _integrated(trace: Trace, picture: int, params: IntegratedGradientsParams) -> Tensor:
     """The paper's equation 1 for one picture, its integral by Gauss-Legendre quadrature, (3,H,W)."""
     image = trace.images[picture]
-    start = blurred(image, params.blur_sigma) if params.baseline == "blur" else torch.zeros_like(image)
+    start = _start(image, params)
     places, weights = np.polynomial.legendre.leggauss(params.steps)  # on -1 to 1, where the weights add up to 2
     points, shares = (
         torch.from_numpy(values)[:, None, None, None].to(image) for values in ((places + 1) / 2, weights / 2)

@@ -8,6 +8,7 @@ from torch import Tensor
 from service.explain.mathematics import BackpropModifier, GradModifier, modified, rule_of
 from service.explain.method import GenParams, Method, ScaledParams, register
 from service.explain.trace import Trace
+from service.models.program import Rule
 
 
 class SaliencyParams(ScaledParams):
@@ -30,8 +31,12 @@ class Saliency(Method):
     cost = "one forward pass, one backward pass"
     Params = SaliencyParams
 
+    def rule(self, params: GenParams) -> Rule | None:
+        assert isinstance(params, SaliencyParams)
+        return rule_of(params.backprop_modifier)
+
     def heatmap(self, trace: Trace, params: GenParams) -> Tensor:
         """The paper's section 3.1: max_c |dy/dx_c|, (N,H,W)."""
         assert isinstance(params, SaliencyParams)
-        gradient = trace.image_gradient_under(rule_of(params.backprop_modifier))
+        gradient = trace.image_gradient_under(self.rule(params))
         return modified(gradient, params.grad_modifier).amax(dim=1)

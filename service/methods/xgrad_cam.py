@@ -25,3 +25,12 @@ class XGradCam(WeightedCam):
         activation, gradient = trace.activation, modified(trace.gradient, params.grad_modifier)
         weights = quotient((gradient * activation).sum(dim=(2, 3)), activation.sum(dim=(2, 3)))
         return channels_weighted(activation, weights)
+
+    def term_error(self, trace: Trace, params: WeightedCamParams) -> Tensor:
+        """The sum of |A_k| d_k, d_k = (sum |g A| + |w_k| sum |A|) / |S_k|: what the two sums of w_k round."""
+        assert isinstance(params, GradientCamParams)
+        activation, gradient = trace.activation, modified(trace.gradient, params.grad_modifier)
+        total, magnitude = activation.sum(dim=(2, 3)), activation.abs().sum(dim=(2, 3))
+        weights = quotient((gradient * activation).sum(dim=(2, 3)), total)
+        rounded = (gradient * activation).abs().sum(dim=(2, 3)) + weights.abs() * magnitude
+        return channels_weighted(activation.abs(), quotient(rounded, total.abs())).sum(dim=1)

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,7 +185,7 @@ def _state_dict(content: object) -> Mapping[str, Tensor]:
 
 def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     own = module.state_dict()
-    weights = _without_data_parallel(weights, own)
+    weights = _with_versions(_without_data_parallel(weights, own), own, module)
     shapes = [
         f"{key} is {tuple(weights[key].shape)}, not {tuple(own[key].shape)}"
         for key in own
@@ -199,7 +200,22 @@ def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def _without_data_parallel(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if any(key.startswith(_DATA_PARALLEL) for key in own):
         return weights
-    return {key.removeprefix(_DATA_PARALLEL): value for key, value in weights.items()}
+    renamed = OrderedDict((key.removeprefix(_DATA_PARALLEL), value) for key, value in weights.items())
+    versions = getattr(weights, "_metadata", {})
+    renamed._metadata = {f"{path}.".removeprefix(_DATA_PARALLEL)[:-1]: each for path, each in versions.items()}  # type: ignore[attr-defined]
+    return renamed
+
+
+def _with_versions(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], module: nn.Module) -> Mapping[str, Tensor]:
+    """The weights with their modules' versions, the network's own where the file has none (as in safetensors).
+
+    Batch norms keep none then: old ones lack `num_batches_tracked`, and load without it.
+    """
+    versioned = OrderedDict(weights)
+    norms = {path for path, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._NormBase)}
+    known = {path: each for path, each in getattr(own, "_metadata", {}).items() if path not in norms}
+    versioned._metadata = getattr(weights, "_metadata", None) or known  # type: ignore[attr-defined]
+    return versioned
 
 
 def _refuse(what: str, keys: list[str]) -> None:

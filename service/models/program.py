@@ -17,35 +17,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from service.errors import ModelLoadError
+from service.models.nonlinearities import Nonlinearities
+from service.models.outputs import Confidence, logits_of
 
 logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
-ACTIVATIONS = frozenset(
-    {
-        aten.relu.default,
-        aten.relu6.default,
-        aten.hardtanh.default,
-        aten.silu.default,
-        aten.gelu.default,
-        aten.hardswish.default,
-        aten.leaky_relu.default,
-        aten.prelu.default,
-        aten.elu.default,
-        aten.selu.default,
-        aten.celu.default,
-        aten.mish.default,
-    }
-)
 Rule = Literal["guided", "deconv"]
 """How activation functions pass gradients: by the rule of guided backpropagation, or of a deconvolution network."""
 REASON_LENGTH = 400
 MAX_SPLITS = 64
-SQUASHING = {  # the logarithm of a softmax is not the logit either
-    "softmax": (aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default),
-    "sigmoid": (aten.sigmoid.default,),
-}
 
 
 def _copy_out_of_place(self: Tensor, source: Tensor, _non_blocking: bool = False) -> Tensor:
@@ -117,23 +99,32 @@ class Split:
 class Program:
     """A captured network and what is made of it: cuts, and rewrites with other gradients, made once and kept."""
 
-    def __init__(self, graph_module: fx.GraphModule, activation: str = "logits") -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, activation: str = "logits", confidence: Confidence | None = None
+    ) -> None:
         """`activation` says what the network returns; a trailing softmax or sigmoid is cut off.
+
+        `confidence` says how probabilities are made of the logits, None: by what the network ends in.
 
         Raises ModelLoadError where the output is not one score per class.
         """
         self.source = graph_module
+        self.logits = logits_of(graph_module.graph, activation)
         self.nodes: tuple[fx.Node, ...] = tuple(graph_module.graph.nodes)
         self.images = next(node for node in self.nodes if node.op == "placeholder")
         self._batch: torch.SymInt = self.images.meta["val"].shape[0]
-        self.logits = _logits(graph_module.graph, activation)
         self._check_scores()
         self.tainted = self.descendants(self.images)
         self._order = {node: index for index, node in enumerate(self.nodes)}
-        self._activation = activation
+        self._confidence = confidence or ("sigmoid" if activation == "sigmoid" else "softmax")
         self._split = functools.lru_cache(MAX_SPLITS)(self._cut)
         self._observed = functools.lru_cache(MAX_SPLITS)(self._observe)
         self._lock = threading.Lock()
+
+    @functools.cached_property
+    def nonlinearities(self) -> Nonlinearities:
+        """The network's activation functions, and what of it is not understood as one."""
+        return Nonlinearities(self.images, self.ancestors([self.logits]))
 
     @property
     def num_classes(self) -> int:
@@ -141,7 +132,7 @@ class Program:
 
     def confidences(self, logits: Tensor) -> Tensor:
         """Probabilities (N,classes): softmax, or sigmoid where the classes are independent."""
-        return logits.sigmoid() if self._activation == "sigmoid" else logits.softmax(dim=1)
+        return logits.sigmoid() if self._confidence == "sigmoid" else logits.softmax(dim=1)
 
     def split(self, *targets: fx.Node, rule: Rule | None = None) -> Split:
         """The network cut at `targets`, kept for the next time; the tail holds what depends on them.
@@ -158,6 +149,7 @@ class Program:
         `guided` clips the output gradient of every activation function at 0: for a ReLU this is the paper's rule
         relu(g)·1[x>0] (Springenberg et al. 2015); every other activation function gets the same gate in front of its
         own derivative. `deconv` gives a ReLU the gradient relu(g) (Zeiler and Fergus 2014), and the others the gate.
+        What an activation function is, `nonlinearities` tells; a function of several operations gets one gate.
         """
         return self.split(rule=rule).head
 
@@ -228,6 +220,9 @@ class Program:
                 waiting.extend(node.all_input_nodes)
         return found
 
+    def _relu_argument(self, node: fx.Node) -> fx.Node | None:
+        return self.nonlinearities.relu_argument(node) if node in self.nonlinearities.gated else None
+
     def _is_batch_size(self, node: fx.Node) -> bool:
         return node.target is aten.sym_size.int and node.args[0] is self.images
 
@@ -246,13 +241,13 @@ class Program:
                 continue
             if self._is_batch_size(node):
                 new[node] = graph.call_function(aten.sym_size.int, (new[inputs[0]], 0))
-            elif rule == "deconv" and node.target is aten.relu.default:
-                new[node] = graph.call_function(deconv_relu, (new[node.all_input_nodes[0]],))
+            elif rule == "deconv" and (argument := self._relu_argument(node)) in new:
+                new[node] = graph.call_function(deconv_relu, (new[argument],))
             else:
                 new[node] = graph.node_copy(node, new.__getitem__)
                 if node.target is aten.view.default:  # which refuses values that lie in memory otherwise than captured
                     new[node].target = aten.reshape.default
-                if rule and node.target in ACTIVATIONS:
+                if rule and node in self.nonlinearities.gated:
                     new[node] = graph.call_function(gate, (new[node],))
         results = tuple(new[node] for node in outputs)
         graph.output(results if len(results) > 1 else results[0])
@@ -262,18 +257,6 @@ class Program:
 def is_size(node: fx.Node) -> bool:
     """Whether the node is a number (a size, or arithmetic on sizes) rather than a tensor."""
     return isinstance(node.meta.get("val"), torch.SymInt | int)
-
-
-def _logits(graph: fx.Graph, activation: str) -> fx.Node:
-    (outputs,) = graph.output_node().args
-    if isinstance(outputs, tuple | list) and len(outputs) == 1:
-        outputs = outputs[0]
-    if not isinstance(outputs, fx.Node):
-        raise ModelLoadError("the network returns more than one value; a classifier returns one tensor of scores")
-    ending = next((name for name, targets in SQUASHING.items() if outputs.target in targets), "logits")
-    if ending != activation:
-        raise ModelLoadError(f"the network ends in {ending}, but output.activation says {activation!r}")
-    return outputs if ending == "logits" else outputs.all_input_nodes[0]
 
 
 def as_tuple(values: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

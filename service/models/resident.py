@@ -19,6 +19,7 @@ from service.models.architectures import build, digest
 from service.models.heads import DTYPES, Heads
 from service.models.labels import read_labels
 from service.models.layers import LayerTable, Target
+from service.models.outputs import check_scores, confidence_of
 from service.models.program import Program, capture
 from service.models.proof import proven_layers
 from service.models.spec import ModelSpec
@@ -91,10 +92,14 @@ def load(
     height, width = spec.input.size
     module = module.to(device)
     example = torch.zeros(2, 3, height, width, device=device)
-    labels = read_labels(spec, folder, _count_classes(module, example))
+    scores = _scores(module, example)
+    confidence = confidence_of(spec.output.activation, spec.output.confidence, scores.shape[1])
+    labels = read_labels(spec, folder, scores.shape[1])
     revision = digest(spec, labels, module, folder)
     stem = f"{revision.removeprefix('sha256:')}-{device}".replace(":", "-")
-    program = Program(capture(module, example, captured and captured / f"{stem}.pt2"), spec.output.activation)
+    graph = capture(module, example, captured and captured / f"{stem}.pt2")
+    program = Program(graph, spec.output.activation, confidence)
+    check_scores(scores, spec.output.activation)
     layers = proven_layers(program, captured and captured / f"{stem}.layers.json")
     reduced = _reduced(module, spec, example, captured and captured / f"{stem}-{spec.serving.precision}.pt2")
     heads = Heads(program, spec.serving.precision, reduced, activations, revision)
@@ -113,13 +118,15 @@ def _reduced(
     return program, LayerTable(program, trusted=True)
 
 
-def _count_classes(module: nn.Module, example: Tensor) -> int:
+def _scores(module: nn.Module, example: Tensor) -> Tensor:
+    """What the eager network returns for noise in the shape of `example`, (N,classes)."""
+    noise = torch.randn(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
     try:
         with torch.no_grad():
-            scores = module(example)
+            scores = module(noise)
     except Exception as error:
         raise ModelLoadError(f"the network fails on its input {tuple(example.shape)}: {error}") from error
     if not isinstance(scores, Tensor) or scores.ndim != 2:
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ModelLoadError(f"the network's output is no (batch, classes) tensor of scores but {shape}")
-    return scores.shape[1]
+    return scores

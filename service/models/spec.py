@@ -55,9 +55,13 @@ class InputSpec(_Section):
 
 
 class OutputSpec(_Section):
-    """`[output]`: what the network returns."""
+    """`[output]`: what the network's graph ends in, and how confidences are made of the logits before that.
+
+    Without `confidence` they are made by what the graph ends in, of logits by a softmax.
+    """
 
     activation: Literal["logits", "softmax", "sigmoid"] = "logits"
+    confidence: Literal["softmax", "sigmoid"] | None = None
 
 
 class ServingSpec(_Section):

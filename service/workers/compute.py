@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from service.errors import OutOfDeviceMemory
 from service.explain.fusion import heatmap_of
 from service.explain.means import Means, is_out_of_memory
-from service.explain.trace import Pass
+from service.explain.trace import Backward, Pass
 from service.models.resident import Model
 from service.models.spec import Precision
 from service.workers.plan import Task
 
+logger = logging.getLogger(__name__)
+
 Pixels = NDArray[np.uint8]
+Numbers = list[float | None]
+INCOMPLETE = 0.05
+"""A completeness error that is logged: more steps would be needed."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,8 @@ class RawMap:
     task: Task
     class_id: int
     values: NDArray[np.float32]
+    rounding_error: float | None = None
+    completeness_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,8 +128,28 @@ def _maps(tasks: tuple[Task, ...], one: Pass, chosen: list[tuple[int, ...]]) -> 
         backward = one.backward(turns.to(one.images.device))
         for place, task in enumerate(tasks):
             one.means.check()
-            values = heatmap_of(task.method, backward, task.targets, task.params).float().cpu().numpy()
+            made = heatmap_of(task.method, backward, task.targets, task.params)
+            rounding, incomplete = _errors(task, backward, made)
+            values = made.float().cpu().numpy()
             for index, wanted in enumerate(chosen):
                 if turn < len(wanted):
-                    found[index][place].append(RawMap(task, wanted[turn], values[index]))
+                    found[index][place].append(
+                        RawMap(task, wanted[turn], values[index], rounding[index], incomplete[index])
+                    )
     return [tuple(raw for of_task in of_picture for raw in of_task) for of_picture in found]
+
+
+def _errors(task: Task, backward: Backward, made: Tensor) -> tuple[Numbers, Numbers]:
+    """The rounding and completeness errors of each picture's map, as far as the method tells them.
+
+    Of several layers, whose maps are each divided by their maximum, no rounding error is told.
+    """
+    trace = backward.trace(task.targets[0] if task.targets else None)
+    rounding = task.method.rounding_error(trace, task.params) if len(task.targets) == 1 else None
+    incomplete = task.method.completeness_error(trace, task.params, made)
+    none: Numbers = [None] * len(made)
+    shares = none if incomplete is None else incomplete.tolist()
+    for share in shares:
+        if share is not None and share > INCOMPLETE:
+            logger.warning("%s misses the difference of the scores by %.1f %%", task.method.name, 100 * share)
+    return none if rounding is None else rounding.tolist(), shares

@@ -53,7 +53,10 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class Heatmap:
-    """One heatmap of the answer. `channels` is 1 or 3; `value_range` is of the raw map at the layer's resolution."""
+    """One heatmap of the answer. `channels` is 1 or 3; `value_range` is of the raw map at the layer's resolution.
+
+    `rounding_error` is in the raw map's unit, `completeness_error` a share; None where the method has none.
+    """
 
     method: str
     channels: int
@@ -63,6 +66,8 @@ class Heatmap:
     gen_params: Mapping[str, object]
     precision: str
     value_range: tuple[float, float]
+    rounding_error: float | None
+    completeness_error: float | None
     degenerate: str | None
     format: Format
     media_type: str

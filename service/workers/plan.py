@@ -80,6 +80,12 @@ def _task(method: Method, gen_params: Mapping[str, object], asked: list[Method],
             hint = _way_out(method, params, model)
             detail = f"{method.name} cannot explain the model {model.id!r}{where}: {reason}.{hint}"
             raise MethodNotSupported(detail, errors=(FieldError("/method", detail),))
+    if method.rule(params) and (unknown := model.program.nonlinearities.unknown):
+        detail = (
+            f"{method.name} cannot explain the model {model.id!r} by the rule {method.rule(params)!r}: it is not known "
+            f"whether {unknown} is an activation function."
+        )
+        raise MethodNotSupported(detail, errors=(FieldError("/method", detail),))
     return Task(method, params, targets)
 
 

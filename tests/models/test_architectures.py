@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -148,6 +149,31 @@ def test_a_network_with_a_child_called_module_keeps_its_keys(folder: Path) -> No
     before = build(spec_of("random:4", "python:net:Wrapper"), folder)
     torch.save(before.state_dict(), folder / "w.pth")
     assert torch.equal(build(spec_of("w.pth", "python:net:Wrapper"), folder)(IMAGES), before(IMAGES))
+
+
+@pytest.mark.parametrize("save", [torch.save, save_parallel, save_safetensors])
+def test_modules_that_read_the_versions_of_their_weights_load_them(
+    tmp_path: Path, save: Callable[[Mapping[str, Tensor], Path], None]
+) -> None:
+    """MnasNet asserts its version, which a state dict holds beside its tensors, and a safetensors file has not."""
+    module = torchvision.models.mnasnet0_5(weights=None).eval()
+    name = "net.safetensors" if save is save_safetensors else "net.pt"
+    save(module.state_dict(), tmp_path / name)
+    again = build(spec_of(name, "torchvision:mnasnet0_5"), tmp_path)
+    for key, value in module.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+def test_versions_follow_their_renamed_weights(tmp_path: Path) -> None:
+    """MnasNet's first version has another stem: the version of a file that DataParallel saved must be read."""
+    state = torchvision.models.mnasnet0_5(weights=None).state_dict()
+    versions = state._metadata
+    renamed = OrderedDict((f"module.{key}", value) for key, value in state.items())
+    renamed._metadata = {f"module.{path}".rstrip("."): each for path, each in versions.items()}  # type: ignore[attr-defined]
+    renamed._metadata["module"] = {"version": 3}  # type: ignore[attr-defined]
+    torch.save(renamed, tmp_path / "net.pt")
+    with pytest.raises(ModelLoadError, match="version"):
+        build(spec_of("net.pt", "torchvision:mnasnet0_5"), tmp_path)
 
 
 def test_weights_that_do_not_fit_name_their_first_keys(folder: Path) -> None:

@@ -149,7 +149,16 @@ def test_guided_has_the_same_gate_at_a_relu6(relu6: Callable[[Tensor], Tensor]) 
     assert guided_gradient(relu6, [2.0, 1.0, 4.0], 1) == [0.0, 0.0, 0.0]
 
 
-SMOOTH: list[Callable[[Tensor], Tensor]] = [F.silu, F.gelu, F.hardswish, F.leaky_relu, F.elu, nn.SiLU(inplace=True)]
+SMOOTH: list[Callable[[Tensor], Tensor]] = [
+    F.silu,
+    F.gelu,
+    F.hardswish,
+    F.leaky_relu,
+    F.elu,
+    nn.SiLU(inplace=True),
+    torch.sigmoid,
+    torch.tanh,
+]
 
 
 @pytest.mark.parametrize("smooth", SMOOTH)
@@ -167,16 +176,21 @@ def test_guided_gates_the_output_gradient_of_every_other_activation(smooth: Call
     assert guided_gradient(smooth, pixel, 1) == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("plain", [torch.sigmoid, F.hardsigmoid, torch.tanh])
-def test_guided_leaves_gates_and_squashing_functions_alone(plain: Callable[[Tensor], Tensor]) -> None:
-    assert min(guided_gradient(plain, [0.5, 1.0, 0.3], 1)) < 0
-
-
 def test_guided_scores_are_the_plain_ones() -> None:
     module = seeded(Residual)
     program = program_of(module, 12)
     pictures = images(3, 12)
     assert torch.equal(program.network("guided")(pictures), module(pictures))
+
+
+class Squeezed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.squeeze(-1)
+
+
+class Clamped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(1e-4, 1 - 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +199,11 @@ def test_guided_scores_are_the_plain_ones() -> None:
         ("softmax", [nn.Softmax(dim=1)]),
         ("softmax", [nn.LogSoftmax(dim=1)]),
         ("sigmoid", [nn.Sigmoid()]),
+        ("softmax", [nn.Unflatten(1, (4, 1, 1)), nn.Softmax(dim=1), nn.Flatten()]),
+        ("softmax", [nn.Softmax(dim=-1), nn.Unflatten(1, (2, 2)), nn.Flatten()]),
+        ("softmax", [nn.Unflatten(1, (4, 1)), nn.LogSoftmax(dim=-2), Squeezed()]),
+        ("sigmoid", [nn.Sigmoid(), Clamped()]),
+        ("sigmoid", [nn.Unflatten(1, (4, 1, 1)), nn.Sigmoid(), Clamped(), nn.Flatten()]),
         ("logits", []),
     ],
 )
@@ -201,6 +220,9 @@ def test_a_trailing_softmax_or_sigmoid_is_cut_off(activation: str, layers: list[
         ("logits", [nn.Sigmoid()], "ends in sigmoid, but output.activation says 'logits'"),
         ("softmax", [], "ends in logits, but output.activation says 'softmax'"),
         ("sigmoid", [nn.Softmax(dim=1)], "ends in softmax, but output.activation says 'sigmoid'"),
+        ("logits", [nn.Softmax(dim=1), nn.Unflatten(1, (2, 2)), nn.Flatten()], "ends in softmax, but .* says 'logits'"),
+        ("softmax", [nn.Softmax(dim=0)], "softmax runs over the batch"),
+        ("softmax", [nn.Softmax(dim=-2), nn.Flatten()], "softmax runs over the batch"),
     ],
 )
 def test_another_ending_than_the_declared_one_is_refused(activation: str, layers: list[nn.Module], reason: str) -> None:

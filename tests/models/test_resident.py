@@ -44,6 +44,21 @@ def mixing():
 def maps():
     return nn.Conv2d(3, 4, 3)
 
+def halves():
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Unflatten(1, (2, 2)), nn.Softmax(dim=2), nn.Flatten())
+
+class ByHand(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = body()
+
+    def forward(self, x):
+        powers = self.body(x).exp()
+        return powers / powers.sum(dim=1, keepdim=True)
+
+def single():
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 1))
+
 class Two(nn.Module):
     def __init__(self):
         super().__init__()
@@ -78,13 +93,14 @@ def loaded(
     captured: Path | None = None,
     precision: Precision = "fp32",
     activations: ActivationCache | None = None,
+    confidence: str | None = None,
 ) -> Model:
     spec = ModelSpec.model_validate(
         {
             "architecture": f"python:net:{factory}",
             "weights": "random:1",
             "input": SIZE,
-            "output": {"activation": activation},
+            "output": {"activation": activation, "confidence": confidence},
             "serving": {"precision": precision},
         }
     )
@@ -108,6 +124,29 @@ def test_sigmoid_networks_have_independent_confidences(folder: Path) -> None:
     (answer,) = explain(model, request(1), shown := pictures(1, 8))
     logits = model.program.split().head(model.normalise(shown))[0]
     np.testing.assert_allclose(answer.confidences, 1 / (1 + np.exp(-logits.numpy())), rtol=1e-6)
+
+
+@pytest.mark.parametrize("factory", ["logits", "single"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_logits_can_have_independent_confidences(folder: Path, factory: str, precision: Precision) -> None:
+    model = loaded(folder, factory, confidence="sigmoid", precision=precision)
+    (answer,) = explain(model, request(1), shown := pictures(1, 8))
+    logits = model.program.split().head(model.normalise(shown))[0]
+    np.testing.assert_allclose(answer.confidences, 1 / (1 + np.exp(-logits.numpy())), rtol=1e-2)
+    assert 0 < answer.confidences[0] < 1
+
+
+@pytest.mark.parametrize(
+    ("factory", "activation", "reason"),
+    [
+        ("single", "logits", "one class.*output.confidence = 'sigmoid'"),
+        ("halves", "softmax", "don't sum to 1"),
+        ("ByHand", "logits", "sum to 1 as those of a softmax do"),
+    ],
+)
+def test_confidences_that_would_be_wrong_are_refused(folder: Path, factory: str, activation: str, reason: str) -> None:
+    with pytest.raises(ModelLoadError, match=reason):
+        loaded(folder, factory, activation)
 
 
 def test_the_input_is_normalised_by_mean_and_std_per_channel(folder: Path) -> None:

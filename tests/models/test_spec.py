@@ -39,7 +39,7 @@ def test_every_default_is_the_contracts(tmp_path: Path) -> None:
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
         },
-        "output": {"activation": "logits"},
+        "output": {"activation": "logits", "confidence": None},
         "serving": {"precision": "fp32"},
     }
 

@@ -1,0 +1,80 @@
+"""The estimate of what rounding did to a map against float64, and what maps that it swamps are reported as."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from service.explain.method import REGISTRY
+from service.imaging.maps import degeneracy
+from service.models.program import Program, capture
+from tests.nets import Varied, explain, images, model_of, pictures, request, seeded, table, trace_of, varied
+
+METHODS = ["hires_cam", "xgrad_cam", "grad_cam_plus_plus"]
+
+
+class Cancelling(nn.Module):
+    """The layer norm behind the convolution lets no part of the gradient through that its channels share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 64, 3)
+        self.norm = nn.LayerNorm(64, eps=0.0)
+        self.head = nn.Linear(64 * 16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.norm(self.conv(x).movedim(1, -1)).flatten(1))
+        return scores
+
+
+def both(module: nn.Module, size: int, layer: str, method: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The map in float32 and in float64, and the estimated error."""
+    found, params = REGISTRY[method], REGISTRY[method].Params()
+    maps, errors = [], []
+    for dtype in (torch.float32, torch.float64):
+        twin = copy.deepcopy(module).to(dtype)
+        shown = images(2, size).to(dtype)
+
+        program = Program(capture(twin, torch.zeros(2, 3, size, size, dtype=dtype)))
+        trace = trace_of(program, shown, table(program).target(layer, True), [1, 3])
+        maps.append(found.heatmap(trace, params))
+        errors.append(found.rounding_error(trace, params))
+    assert errors[0] is not None
+    return maps[0], maps[1], errors[0]
+
+
+def test_a_sum_that_cancels_is_reported_as_such() -> None:
+    single, double, error = both(seeded(Cancelling), 6, "conv", "hires_cam")
+    assert double.abs().max() < 1e-12, "on paper it is zero"
+    for raw, estimate in zip(single, error, strict=True):
+        assert raw.abs().max() < 10 * estimate
+        assert degeneracy(raw.numpy(), float(estimate)) in ("cancelled", "all_zero")
+        assert degeneracy((raw + estimate).numpy(), float(estimate)) == "cancelled"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_estimate_bounds_the_error_of_a_map_that_means_something(method: str) -> None:
+
+    single, double, error = both(seeded(Varied), 12, "third", method)
+    for one, other, estimate in zip(single.double(), double, error.double(), strict=True):
+        assert (one - other).abs().max() < 20 * estimate
+        assert degeneracy(one.float().numpy(), float(estimate)) != "cancelled"
+        assert estimate > 0
+
+
+def test_answers_tell_the_errors_of_the_methods_that_declare_them(caplog: pytest.LogCaptureFixture) -> None:
+    model = model_of(varied())
+    asked = request(
+        2, methods=(*METHODS, "grad_cam", "integrated_gradients"), gen_params={"integrated_gradients": {"steps": 1}}
+    )
+    with caplog.at_level(logging.WARNING, "service.workers.compute"):
+        answers = explain(model, asked, pictures(2, 12))
+    for answer in answers:
+        told = {raw.task.method.name: (raw.rounding_error, raw.completeness_error) for raw in answer.maps}
+        assert [name for name, (error, _) in told.items() if error is not None] == METHODS
+        assert [name for name, (_, error) in told.items() if error is not None] == ["integrated_gradients"]
+        share = told["integrated_gradients"][1]
+        assert share is not None
+        assert ("misses the difference" in caplog.text) or share <= 0.05

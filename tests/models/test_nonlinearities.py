@@ -1,0 +1,200 @@
+"""Activation functions are told by what they compute: against an independent float64 backward with one gate each."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from service.errors import MethodNotSupported
+from service.workers.plan import make_plan
+from tests.nets import close_to, images, model_of, program_of, request, seeded
+
+Function = Callable[[Tensor], Tensor]
+
+WAYS: dict[str, Function] = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": lambda x: torch.sigmoid(x) * x,
+    "softplus": F.softplus,
+    "softplus_by_hand": lambda x: torch.log(1 + torch.exp(x)),
+    "log_sigmoid_of_minus": lambda x: -F.logsigmoid(-x),
+    "tanh": torch.tanh,
+    "tanh_by_hand": lambda x: (x.exp() - (-x).exp()) / (x.exp() + (-x).exp()),
+    "sigmoid": torch.sigmoid,
+    "clamp": lambda x: x.clamp(min=0),
+    "negative_clamp": lambda x: -(-x).clamp(max=0),
+    "relu_by_two_clamps": lambda x: x.clamp(min=0).clamp(max=2),
+    "maximum": lambda x: torch.maximum(x, torch.zeros_like(x)),
+    "threshold": lambda x: F.threshold(x, 0.1, 0.0),
+    "where": lambda x: torch.where(x > 0, x, 0),
+    "masked": lambda x: x.masked_fill(x < 0, 0.0),
+    "mask_times": lambda x: x * (x > 0),
+    "leaky_by_sum": lambda x: 0.1 * x + 0.9 * F.relu(x),
+    "rrelu": nn.RReLU().eval(),
+    "hard_swish": lambda x: x * F.relu6(x + 3) / 6,
+    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+    "mish": lambda x: x * torch.tanh(F.softplus(x)),
+    "softsign": F.softsign,
+    "tanhshrink": F.tanhshrink,
+    "softshrink": F.softshrink,
+    "absolute": torch.abs,
+    "square": lambda x: x * x,
+}
+
+
+class Net(nn.Module):
+    """Two linear operations around each call of a function of one value."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.head = nn.Linear(4 * 16, 5)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.function(self.second(self.function(self.first(x)))).flatten(1))
+        return scores
+
+
+class Gate(torch.autograd.Function):
+    """The identity whose gradient is clipped at 0."""
+
+    @staticmethod
+    def forward(_ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx: object, *gradients: Tensor) -> Tensor:
+        return gradients[0].clamp(min=0)
+
+
+def gated(function: Function) -> Function:
+    """The same function with the guided rule's gate at its end."""
+    return lambda x: Gate.apply(function(x))
+
+
+def gradient(network: Callable[[Tensor], Tensor], pictures: Tensor) -> Tensor:
+    inputs = pictures.detach().requires_grad_()
+    (found,) = torch.autograd.grad(network(inputs)[:, 3].sum(), inputs)
+    return found
+
+
+def oracle(net: Net, pictures: Tensor, function: Function) -> Tensor:
+    twin = seeded(lambda: Net(function)).double()
+    twin.load_state_dict(net.state_dict())
+    return gradient(twin, pictures.double())
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_function_of_one_value_has_one_gate_at_its_end(name: str) -> None:
+    net = seeded(lambda: Net(WAYS[name]))
+    assert isinstance(net, Net)
+    pictures = 3 * images(2, 8)
+    program = program_of(net, 8)
+    expected = oracle(net, pictures, gated(WAYS[name]))
+    plain = oracle(net, pictures, WAYS[name])
+    assert close_to(expected, plain) > 0.01, "the rule must differ from the plain gradient"
+    assert program.nonlinearities.unknown is None
+    assert close_to(gradient(program.network("guided"), pictures), expected) < 1e-5
+    assert torch.equal(program.network("guided")(pictures), net(pictures))
+
+
+class Opened(torch.autograd.Function):
+    """The ReLU of a deconvolution network."""
+
+    @staticmethod
+    def forward(_ctx: object, x: Tensor) -> Tensor:
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(_ctx: object, *gradients: Tensor) -> Tensor:
+        return gradients[0].clamp(min=0)
+
+
+@pytest.mark.parametrize("name", ["clamp", "maximum", "where", "masked", "mask_times"])
+def test_deconv_passes_a_relu_however_it_is_written(name: str) -> None:
+    net = seeded(lambda: Net(WAYS[name]))
+    assert isinstance(net, Net)
+    pictures = images(2, 8)
+    expected = oracle(net, pictures, Opened.apply)
+    assert close_to(gradient(program_of(net, 8).network("deconv"), pictures), expected) < 1e-5
+
+
+NONE: dict[str, Function] = {
+    "softmax_by_hand": lambda x: (x - x.amax(1, keepdim=True)).exp() / x.exp().sum(1, keepdim=True),
+    "squeeze_and_excitation": lambda x: x * torch.sigmoid(1.5 * x.mean((2, 3), keepdim=True)),
+    "hard_squeeze_and_excitation": lambda x: x * (F.relu6(3 * x.mean((2, 3), keepdim=True) + 3) / 6),
+    "spatial_gate": lambda x: x * torch.sigmoid(x.amax(1, keepdim=True)),
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[1:]),
+    "layer_norm_by_hand": lambda x: (
+        (x - x.mean(1, keepdim=True)) * ((x - x.mean(1, keepdim=True)).pow(2).mean(1, keepdim=True) + 1e-5).rsqrt()
+    ),
+    "rms_norm": lambda x: x * (x.pow(2).mean(1, keepdim=True) + 1e-5).rsqrt(),
+    "normalize": lambda x: F.normalize(x, dim=1),
+    "gated_linear_unit": lambda x: x.flip(1) * torch.sigmoid(x),
+    "glu": lambda x: F.glu(torch.cat([x, x], 1), 1),
+    "dropout_and_constants": lambda x: F.dropout(x, 0.5, False) / 3 + 1,
+    "residual": lambda x: x + 0.5 * x,
+    "response_norm": lambda x: torch.addcmul(x, x.mean((2, 3), keepdim=True), x),
+}
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_gates_of_other_values_norms_and_affine_functions_keep_the_gradient(name: str) -> None:
+    net = seeded(lambda: Net(NONE[name]))
+    program = program_of(net, 8)
+    assert program.nonlinearities.unknown is None
+    assert not program.nonlinearities.gated
+    pictures = images(2, 8)
+    assert torch.equal(gradient(program.network("guided"), pictures), gradient(program.network(), pictures))
+
+
+def indexed(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[x < 0] = 0
+    return x
+
+
+def leaking(x: Tensor) -> Tensor:
+    inner = torch.sigmoid(x)
+    return F.avg_pool2d(x * inner, 1) + F.avg_pool2d(inner, 1)
+
+
+@torch.library.custom_op("heatmap_test::opaque", mutates_args=())
+def opaque(x: Tensor) -> Tensor:
+    return x.clamp(min=0)
+
+
+@opaque.register_fake
+def _shape(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+REFUSED: dict[str, tuple[Function, str]] = {
+    "index_put": (indexed, "index_put"),
+    "own_operation": (lambda x: opaque(x), "opaque"),
+    "two_values": (lambda x: torch.maximum(x, x.flip(1)), "maximum"),
+    "chosen_by_another": (lambda x: torch.where(x.flip(1) > 0, x, 0), "where"),
+    "read_twice": (leaking, "mul"),
+}
+RULED = [
+    ("guided_backprop", {}),
+    ("deconvnet", {}),
+    ("guided_grad_cam", {}),
+    ("saliency", {"backprop_modifier": "guided"}),
+    ("grad_cam", {"backprop_modifier": "rectified"}),
+]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_understood_makes_the_rule_refuse_the_network(name: str) -> None:
+    function, told = REFUSED[name]
+    model = model_of(program_of(seeded(lambda: Net(function)), 8))
+    for method, params in RULED:
+        with pytest.raises(MethodNotSupported, match=rf"aten\.{told}|{told}") as caught:
+            make_plan(request(1, methods=(method,), gen_params=params), model)
+        assert [problem.pointer for problem in caught.value.errors] == ["/method"]
+    for method in ("saliency", "grad_cam"):
+        make_plan(request(1, methods=(method,)), model)
