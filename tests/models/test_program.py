@@ -1,6 +1,11 @@
 """Captured programs equal the eager network; cuts recompose exactly; the guided rewrite; what is refused and why."""
 
+import hashlib
 import itertools
+import logging
+import multiprocessing
+import resource
+import signal
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path

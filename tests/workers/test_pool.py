@@ -390,7 +390,7 @@ async def test_a_model_that_crashes_two_workers_while_they_load_it_is_given_up()
 async def test_any_second_death_in_a_row_fails_the_model_and_no_first_one(exit_code: int, waits: list[float]) -> None:
     async with Bench("tiny", "deadly") as bench:
         fresh = await crash_loading(bench, "deadly", bench.worker, exit_code)
-        assert bench.pool.models["deadly"].state == "loading"
+        assert bench.pool.models["deadly"] == ModelInfo("deadly", "loading")
         fresh = await crash_loading(bench, "deadly", fresh, exit_code)
         assert bench.pool.models["deadly"].state == "failed"
         fresh.serve("tiny")
@@ -436,7 +436,7 @@ async def test_a_model_that_is_given_up_fails_when_the_last_worker_that_served_i
         loading.load("tiny")
         loading.loading_since -= 6
         bench.pool._end_overdue_loads()
-        assert bench.pool.models["tiny"].state == "ready"
+        assert bench.pool.models["tiny"].reason is None
         serving.die()
         assert bench.pool.models["tiny"].state == "failed"
 
