@@ -112,6 +112,9 @@ class Settings(BaseModel):
     hang_s: float = Field(
         60.0, ge=2, description="seconds without progress after which a worker is killed and replaced"
     )
+    load_timeout_s: float = Field(
+        300.0, gt=0, description="seconds within which a model must load; one that takes longer is given up"
+    )
     api_keys_file: Path | None = Field(
         None, description="file with a line per key, from `heatmap-service key`; without it everybody may predict"
     )

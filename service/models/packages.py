@@ -11,10 +11,13 @@ import hashlib
 import logging
 import os
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from service.models import kept
+
+DIGEST = "digest"
 
 logger = logging.getLogger(__name__)
 
@@ -23,16 +26,17 @@ class PackageStore:
     """A folder that processes share. The least recently used packages leave when it grows over `max_bytes`."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
-        """Make the folder where it is missing. Raises OSError where it can't be used, or is not the user's own."""
+        """Make the folder where it is missing. Raises OSError where it cannot be written, or others can write it."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state = folder.stat()
-        if state.st_uid != os.getuid() or state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise PermissionError(f"{folder} holds native code: it must be yours, and writable by nobody else")
-        self._folder = folder
+        self._folder = kept.check_private(folder)
+        (self._folder / "lock").touch()
         self._max_bytes = max_bytes
 
     def find(self, key: str) -> Path | None:
-        """The folder of a finished package, which counts as used now. One that crashed a process is dropped instead."""
+        """The folder of a finished package, which counts as used now.
+
+        One that is damaged or crashed a process is dropped instead.
+        """
         trace = self._trace(key)
         with suppress(FileNotFoundError):
             if trace.stat().st_size:
@@ -40,9 +44,15 @@ class PackageStore:
                 self.drop(key)
                 trace.unlink()  # last, for another process may be looking too
         package = self._folder / key
+        if not package.exists():
+            return None
         try:
+            if kept.read(package / DIGEST) != _digest(package):
+                raise OSError("its files are not those that were written")
             os.utime(package)
-        except FileNotFoundError:
+        except OSError as error:
+            logger.warning("package %s is dropped: %s", key, error)
+            self.drop(key)
             return None
         return package
 
@@ -61,6 +71,7 @@ class PackageStore:
             try:
                 yield partial
                 if any(partial.iterdir()):
+                    kept.write(partial / DIGEST, _digest(partial))
                     partial.rename(self._folder / key)
                     self._shrink(keep=key)
             finally:
@@ -107,6 +118,15 @@ class PackageStore:
 def key_of(*parts: object) -> str:
     """A name for what these parts shape."""
     return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:32]
+
+
+def _digest(package: Path) -> bytes:
+    """The SHA-256 of the names and contents of its files. Raises OSError where one cannot be read."""
+    whole = hashlib.sha256()
+    for path in sorted(path for path in package.rglob("*") if path.is_file() and path.name != DIGEST):
+        with path.open("rb") as file:
+            whole.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+    return whole.digest()
 
 
 def _size(package: Path) -> int:

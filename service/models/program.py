@@ -6,6 +6,7 @@ Nothing is ever registered on a module and no `.grad` is written: two requests c
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import threading
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from service.errors import ModelLoadError
+from service.models import kept
 from service.models.nonlinearities import Nonlinearities
 from service.models.outputs import Confidence, logits_of
 
@@ -41,8 +43,8 @@ def capture(module: nn.Module, example: Tensor, file: Path | None = None) -> fx.
     `example` is a batch of two or more, (N,3,H,W). The graph is kept in `file`, or taken from it if it is there.
     Raises ModelLoadError where the network cannot be captured.
     """
-    if file is not None and (kept := _kept(file)) is not None:
-        return kept
+    if file is not None and (known := _kept(file)) is not None:
+        return known
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     try:
         program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
@@ -56,21 +58,29 @@ def capture(module: nn.Module, example: Tensor, file: Path | None = None) -> fx.
 
 
 def _kept(file: Path) -> fx.GraphModule | None:
-    """What an earlier process captured. A file that cannot be read costs a new capture, and nothing else."""
+    """What an earlier process captured. A file that is damaged or cannot be read costs a new capture, and no more."""
+    if (data := kept.read(file)) is None:
+        return None
     try:
-        return _module(torch.export.load(file)) if file.exists() else None
+        return _module(torch.export.load(io.BytesIO(data)))
     except Exception:
-        logger.warning("the captured program %s cannot be read", file, exc_info=True)
+        logger.warning("the captured program %s cannot be loaded", file, exc_info=True)
         return None
 
 
 def _keep(program: torch.export.ExportedProgram, file: Path) -> None:
-    partial = file.with_suffix(f".{threading.get_native_id()}.pt2")
+    """Without the file each process captures the network anew, which takes longer and changes nothing."""
+    memory = io.BytesIO()  # torch's writer aborts the process where a file has no room
     try:
-        torch.export.save(program, partial)
-        partial.replace(file)
-    except Exception:
-        logger.warning("the captured program could not be kept in %s", file, exc_info=True)
+        torch.export.save(program, memory)
+        kept.write(file, memory.getbuffer())
+    except Exception as error:
+        _say_not_kept(file.parent, getattr(error, "strerror", None) or str(error))
+
+
+@functools.cache  # said once, not for each model
+def _say_not_kept(folder: Path, reason: str) -> None:
+    logger.warning("captured programs are not kept in %s, and models load more slowly: %s", folder, reason)
 
 
 def _module(program: torch.export.ExportedProgram) -> fx.GraphModule:

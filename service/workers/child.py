@@ -12,8 +12,6 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tqdm import tqdm
-
 from service import logs
 from service.explain.method import REGISTRY, Method
 from service.models.packages import PackageStore
@@ -48,7 +46,6 @@ logger = logging.getLogger(__name__)
 def main(connection: Connection, device: str, settings: Settings, entries: tuple[Entry, ...], folder: Path) -> None:
     """Serve until told to stop, or until the parent is gone."""
     logs.configure(settings.log_level, settings.log_format, device)
-    tqdm.set_lock(threading.RLock())  # its own would be a semaphore of the system, lost when the process is killed
     lock = threading.Lock()
 
     def send(message: ToParent) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -14,6 +15,9 @@ from pathlib import Path
 from service.models.repository import Entry
 from service.settings import Settings
 
+SURVIVED = 73
+"""The exit code of a process that captured a model, or found out why not; 0 may be that of a builder which exits."""
+
 
 def run(connection: Connection, device: str, settings: Settings, entries: tuple[Entry, ...], folder: Path) -> None:
     """Serve the models of `entries` on `device` until told to stop.
@@ -23,9 +27,10 @@ def run(connection: Connection, device: str, settings: Settings, entries: tuple[
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to the whole group; the parent decides
         signal.signal(number, signal.SIG_IGN)
     own = folder / str(os.getpid())  # the parent removes it: whoever is killed leaves unpacked packages behind
-    own.mkdir()
-    os.environ.update(TMPDIR=str(own), TORCHINDUCTOR_CACHE_DIR=str(own / "inductor"))
-    tempfile.tempdir = None  # forked, the process would keep that of its template
+    with contextlib.suppress(OSError):  # no room, or no right to write: it goes on with the common folder
+        own.mkdir()
+        os.environ.update(TMPDIR=str(own), TORCHINDUCTOR_CACHE_DIR=str(own / "inductor"))
+        tempfile.tempdir = None  # forked, the process would keep that of its template
     from service.workers import preload
 
     preload.main(connection, device, settings, entries, folder)
@@ -45,6 +50,7 @@ def capture(entry: Entry, device: str, folder: Path) -> None:
     from service.workers import preload
 
     preload.capture_in_background(entry, device, folder)
+    os._exit(SURVIVED)
 
 
 def _stand_back(niceness: int) -> None:

@@ -32,7 +32,7 @@ def load_into(engine: Engine, entry: Entry, captured: Path | None = None) -> Mod
         model = load(entry.id, spec, entry.folder, engine.device.device, captured, engine.activations)
         info = describe(model)
         _prove(model, engine)
-    except Exception as error:
+    except BaseException as error:  # a builder may raise anything, SystemExit too
         expected = isinstance(error, ModelLoadError)
         logger.warning("model %s cannot be served: %s", entry.id, error, exc_info=not expected)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"

@@ -33,15 +33,15 @@ from service.workers.messages import (
     ToParent,
     Unload,
 )
-from service.workers.worker import Capture, Worker
+from service.workers.worker import Capture, Worker, too_long
 
 logger = logging.getLogger(__name__)
 
 MAX_BACKOFF_S = 30.0
 LEAVE_S = 30.0
 """What a dead worker was compiling has left by then."""
-MAX_CRASHES = 2
-"""Of workers in a row while they load a model; it is given up then."""
+MAX_CAPTURES = 2
+"""Tries to capture a model whose capturing process dies: somebody outside may have killed the first."""
 
 
 class Listener(Protocol):
@@ -71,7 +71,8 @@ class Pool:
         self._administration = asyncio.Lock()
         self._stopping = False
         self._failures: dict[str, int] = {}
-        self._crashes: dict[str, int] = {}
+        self._deaths: dict[str, float] = {}  # when a worker died that loaded the model, which no other has loaded since
+        self._given_up: dict[str, str] = {}  # the reasons
         self._folder: tempfile.TemporaryDirectory[str]
         self._capture: Capture | None = None
         self._left: dict[Path, float] = {}
@@ -89,11 +90,11 @@ class Pool:
     def free_worker(self, model_id: str, passable: bool, closed: Collection[Worker] = ()) -> Worker | None:
         """The least busy worker, none of the `closed`, that has the model and room for a picture.
 
-        None that is still to load a model which crashed one before: the next crash must tell who it was.
+        None that is still to load a model under which one died: its next death must tell who it was.
         A request may have more pictures than there is room: were it to wait for more, small ones would always be first.
         """
         workers = (worker for worker in self.workers if worker not in closed and worker.has(model_id))
-        safe = (worker for worker in workers if worker.models.keys() >= self._crashes.keys())
+        safe = (worker for worker in workers if worker.models.keys() >= self._deaths.keys())
         free = [worker for worker in safe if worker.has_room(passable)]
         return min(free, key=lambda worker: worker.pictures, default=None)
 
@@ -115,16 +116,22 @@ class Pool:
                     self._fail(model_id, reason)
                     return reason
             self._entries[model_id] = entries[model_id]
+            self._given_up.pop(model_id, None)
             reasons = await self._ask_all(Load(entries[model_id]), model_id)
         return next(filter(None, reasons), None)
 
     async def _captured(self, entry: Entry, device: str) -> str | None:
         """The reason why not."""
-        self._capture = Capture(entry, device, Path(self._folder.name))
-        try:
-            return await asyncio.to_thread(self._capture.run)
-        finally:
-            self._capture = None
+        reason = None
+        for _ in range(MAX_CAPTURES):
+            self._capture = capture = Capture(entry, device, Path(self._folder.name), self._settings.load_timeout_s)
+            try:
+                reason = await asyncio.to_thread(capture.run)
+            finally:
+                self._capture = None
+            if not capture.died:
+                break
+        return reason
 
     def _scan(self) -> dict[str, Entry]:
         try:
@@ -190,6 +197,7 @@ class Pool:
     def _look_after(self) -> None:
         """Do what is due after each beat, now and again after the next one."""
         self._end_hanging()
+        self._end_overdue_loads()
         self._clear_away()
         self._watch = asyncio.get_running_loop().call_later(BEAT_S, self._look_after)
 
@@ -199,6 +207,14 @@ class Pool:
             if worker.hangs(self._settings.hang_s):
                 logger.error("worker %s shows no progress for %g s", worker.device, self._settings.hang_s)
                 worker.process.kill()
+
+    def _end_overdue_loads(self) -> None:
+        """Give up every model that takes too long to load, and kill the worker that does: its successor leaves it."""
+        timeout_s = self._settings.load_timeout_s
+        for worker in [worker for worker in self.workers if worker.overdue(timeout_s)]:
+            if worker.loading is not None and worker.loading in self._entries:
+                self._give_up(worker.loading, too_long(timeout_s))
+            worker.process.kill()
 
     def _clear_away(self) -> None:
         """Remove the folders of dead workers, repeatedly: their compilers leave after them, and write until then."""
@@ -219,7 +235,7 @@ class Pool:
                 self._check_serves(worker)
                 self.methods = message.methods
             case Loaded():
-                self._crashes.pop(message.model_id, None)
+                self._deaths.pop(message.model_id, None)
                 if asked := worker.asked.pop(message.model_id, None):
                     asked.set_result(message.reason)
             case ModelChanged(info=info) if info.id in self._entries:
@@ -229,7 +245,7 @@ class Pool:
         self._listener.changed()
 
     def _change(self, worker: Worker, info: ModelInfo) -> None:
-        self._crashes.pop(info.id, None)
+        self._deaths.pop(info.id, None)
         worker.models[info.id] = info
         if info.state == "ready" or not any(other.has(info.id) for other in self.workers):
             self.models[info.id] = info
@@ -245,6 +261,8 @@ class Pool:
         if worker not in self.workers:
             return
         self.workers.remove(worker)
+        for model_id, reason in self._given_up.items():
+            self._fail(model_id, reason)  # it may have been the last that served it
         for asked in worker.asked.values():
             asked.set_result(None)
         if self._stopping:
@@ -272,26 +290,34 @@ class Pool:
         return delay
 
     def _judge(self, worker: Worker) -> bool:
-        """Whether its jobs may be to blame for its end. A model is that crashes who loads it, and is given up."""
+        """Whether its jobs may be to blame for its end.
+
+        A model is given up when a worker dies while it loads it, for whatever reason, and another that began later too.
+        """
         model_id = worker.loading
-        if not worker.crashed or model_id is None:
+        if model_id is None:
             return worker.crashed
         if model_id in self._entries:
-            self._crashes[model_id] = self._crashes.get(model_id, 0) + 1
-            if self._crashes[model_id] == MAX_CRASHES:
-                self._drop(model_id)
-                self._fail(model_id, f"its load crashed a worker {MAX_CRASHES} times, which {worker.ending}")
+            died = self._deaths.setdefault(model_id, time.monotonic())
+            if died < worker.loading_since:
+                self._give_up(model_id, f"two workers in a row died while they loaded it; the last {worker.ending}")
         return False
+
+    def _give_up(self, model_id: str, reason: str) -> None:
+        self._drop(model_id)
+        self._given_up[model_id] = reason
+        self._fail(model_id, reason)
 
     def _drop(self, model_id: str) -> None:
         """No worker is to load it any more, or to be waited for because it has not yet."""
         self._entries.pop(model_id, None)
-        self._crashes.pop(model_id, None)
+        self._deaths.pop(model_id, None)
+        self._given_up.pop(model_id, None)
         for worker in self.workers:
             self._check_serves(worker)
 
     def _fail(self, model_id: str, reason: str) -> None:
-        if not any(worker.has(model_id) for worker in self.workers):
+        if self.models[model_id].state != "failed" and not any(worker.has(model_id) for worker in self.workers):
             logger.error("model %s is given up: %s", model_id, reason)
             self.models[model_id] = ModelInfo(model_id, state="failed", reason=reason)
 

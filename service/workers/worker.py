@@ -19,6 +19,7 @@ from pathlib import Path
 from service.models.repository import Entry
 from service.settings import Settings
 from service.workers import entry
+from service.workers.entry import SURVIVED
 from service.workers.messages import (
     Beat,
     Cancel,
@@ -34,7 +35,6 @@ from service.workers.messages import (
 CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE})
 """Signals that a process brings upon itself; whoever sends SIGKILL has reasons of his own."""
 EXIT_S = 5.0
-CAPTURE_S = 600.0
 MAX_TEMPORARY = 70
 """Characters of the temporary folder's path, so that a socket's in it has no more than 107."""
 
@@ -58,6 +58,7 @@ class Worker:
         self.capacity = 0
         self.slots = 1
         self.loading: str | None = None
+        self.loading_since = 0.0
         self.asked: dict[str, asyncio.Future[str | None]] = {}
         self.stalled_s = 0.0
         self.heard = math.inf  # it has not begun
@@ -97,7 +98,7 @@ class Worker:
             case Hello():
                 self.capacity, self.slots = message.capacity, message.slots
             case Loading():
-                self.loading = message.model_id
+                self.loading, self.loading_since = message.model_id, time.monotonic()
 
     def has(self, model_id: str) -> bool:
         """Whether this worker can explain with the model now."""
@@ -120,6 +121,10 @@ class Worker:
     def hangs(self, hang_s: float) -> bool:
         """Whether it has been silent, or at one step, for too long."""
         return max(time.monotonic() - self.heard, self.stalled_s) > hang_s
+
+    def overdue(self, timeout_s: float) -> bool:
+        """Whether it has been loading one model for longer than this."""
+        return self.loading is not None and time.monotonic() - self.loading_since > timeout_s
 
     @property
     def crashed(self) -> bool:
@@ -179,26 +184,36 @@ class Worker:
 class Capture:
     """A process that captures a model, which is not to stall what serves, nor to take it along."""
 
-    def __init__(self, model: Entry, device: str, folder: Path) -> None:
+    def __init__(self, model: Entry, device: str, folder: Path, timeout_s: float) -> None:
         """`folder` is where workers find what is captured."""
+        self.died = False
         self._process = _context(device).Process(target=entry.capture, args=(model, device, folder), daemon=True)
+        self._timeout_s = timeout_s
         self._cancelled = False
 
     def run(self) -> str | None:
-        """Run it to its end. Returns the reason where it did not survive that."""
+        """Run it to its end. Returns the reason where it did not survive that; `died` then, unless we killed it."""
         self._process.start()
-        self._process.join(0 if self._cancelled else CAPTURE_S)
+        self._process.join(0 if self._cancelled else self._timeout_s)
         if self._process.exitcode is None:
             self._process.kill()
             self._process.join()
-            return f"it was not captured within {CAPTURE_S:g} seconds"
-        return f"the process that captured it {_ending(self._process.exitcode)}" if self._process.exitcode else None
+            return too_long(self._timeout_s)
+        if self._process.exitcode == SURVIVED:
+            return None
+        self.died = not self._cancelled
+        return f"the process that captured it {_ending(self._process.exitcode)}"
 
     def cancel(self) -> None:
         """End it, also where it has not begun."""
         self._cancelled = True
         if self._process.is_alive():
             self._process.kill()
+
+
+def too_long(timeout_s: float) -> str:
+    """Why a model is given up whose load does not end."""
+    return f"it was not loaded within {timeout_s:g} seconds"
 
 
 def _ending(exit_code: int | None) -> str:

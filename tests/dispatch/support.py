@@ -102,6 +102,7 @@ class FakeWorker(Worker):
         self.stalled_s = 0.0
         self.heard = math.inf
         self.loading = None
+        self.loading_since = 0.0
         self.asked = {}
         self.sent: list[ToChild] = []
         self.told = asyncio.Event()
@@ -177,7 +178,7 @@ class Bench:
         self.pool = Pool(self.settings, tuple(Entry(one, Path(one)) for one in model_ids or ("tiny",)))
         self.dispatcher = Dispatcher(self.settings, self.pool)
         self._devices = tuple(f"cuda:{index}" for index in range(devices))
-        capture = mock.Mock(**{"return_value.run.return_value": None})
+        capture = mock.Mock(**{"return_value.run.return_value": None, "return_value.died": False})
         self._patch = mock.patch.multiple(pool_module, Worker=self._make, Capture=capture)
 
     async def __aenter__(self) -> Bench:

@@ -21,6 +21,7 @@ import pytest
 
 from service.models.packages import PackageStore, key_of
 
+DIGEST_BYTES = 64
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -50,7 +51,7 @@ def test_what_was_made_is_found(folder: Path) -> None:
         assert store.find("one") is None, "it is not finished"
     package = store.find("one")
     assert package is not None
-    assert {file.name: file.read_bytes() for file in package.iterdir()} == {
+    assert {file.name: file.read_bytes() for file in package.glob("*.pt2")} == {
         "single.pt2": b"single",
         "several.pt2": b"several",
     }
@@ -59,6 +60,25 @@ def test_what_was_made_is_found(folder: Path) -> None:
     store.drop("one")
     assert store.find("one") is None
     store.drop("one")
+
+
+@pytest.mark.parametrize("name", ["single.pt2", "digest"])
+def test_a_package_with_one_flipped_bit_is_dropped(folder: Path, name: str) -> None:
+    store = PackageStore(folder, 1000)
+    file = make(store, "one") / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert store.find("one") is None
+    assert names(folder) == set()
+    assert make(store, "one"), "a new one is free"
+
+
+@pytest.mark.parametrize("name", ["single.pt2", "digest"])
+def test_a_package_without_one_of_its_files_is_dropped(folder: Path, name: str) -> None:
+    store = PackageStore(folder, 1000)
+    (make(store, "one") / name).unlink()
+    assert store.find("one") is None
 
 
 def test_an_exception_leaves_nothing(folder: Path) -> None:
@@ -90,7 +110,7 @@ def test_the_folder_is_made_for_its_user_alone(folder: Path) -> None:
 def test_a_folder_that_others_may_write_is_refused(folder: Path, mode: int) -> None:
     make(PackageStore(folder, 1000), "one")
     folder.chmod(mode)
-    with pytest.raises(PermissionError, match="holds native code"):
+    with pytest.raises(PermissionError, match="others can write"):
         PackageStore(folder, 1000)
     folder.chmod(0o755)
     assert PackageStore(folder, 1000).find("one")
@@ -100,7 +120,7 @@ def test_a_folder_that_others_may_write_is_refused(folder: Path, mode: int) -> N
 def test_a_folder_of_another_user_is_refused(folder: Path) -> None:
     folder.mkdir(parents=True, mode=0o700)
     os.chown(folder, 12345, -1)
-    with pytest.raises(PermissionError, match="it must be yours"):
+    with pytest.raises(PermissionError, match="others can write"):
         PackageStore(folder, 1000)
 
 
@@ -112,19 +132,19 @@ def test_what_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_least_recently_used_leave_when_there_is_too_much(folder: Path) -> None:
-    store = PackageStore(folder, 30)
+    store = PackageStore(folder, 30 + 3 * DIGEST_BYTES)
     for age, key in enumerate(["new", "old", "oldest"], start=1):
         os.utime(make(store, key), (0, 1_000_000 - age))
     assert names(folder) == {"new", "old", "oldest"}, "as much as there may be"
     assert store.find("oldest"), "it is used, and so the newest"
     make(store, "more")
     assert names(folder) == {"new", "oldest", "more"}
-    make(store, "large", size=21)
+    make(store, "large", size=21 + 2 * DIGEST_BYTES)
     assert names(folder) == {"large"}, "nothing of ten bytes has room beside it"
 
 
 def test_as_few_as_needed_leave(folder: Path) -> None:
-    store = PackageStore(folder, 35)
+    store = PackageStore(folder, 35 + 3 * DIGEST_BYTES)
     for age, key in enumerate("abc"):
         os.utime(make(store, key), (0, 1_000_000 + age))
     make(store, "d", size=15)

@@ -1,6 +1,11 @@
 """Captured programs equal the eager network; cuts recompose exactly; the guided rewrite; what is refused and why."""
 
+import hashlib
 import itertools
+import logging
+import multiprocessing
+import resource
+import signal
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -304,6 +309,34 @@ def test_a_kept_program_that_cannot_be_read_or_written_costs_a_capture_alone(tmp
             file.write_bytes(b"torn")
         program = Program(capture(module, torch.zeros(2, 3, 12, 12), file))
         assert torch.equal(program.split().head(pictures), module(pictures))
+
+
+def test_a_kept_program_with_a_flipped_bit_is_captured_anew(tmp_path: Path) -> None:
+    file = tmp_path / "net.pt2"
+    capture_to(tmp_path, seeded(Residual), 12)
+    whole = file.read_bytes()
+    for place in range(32, len(whole), len(whole) // 7):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        Program(capture(seeded(Residual), torch.zeros(2, 3, 12, 12), file))
+        assert file.read_bytes()[:32] == hashlib.sha256(file.read_bytes()[32:]).digest(), "it was captured anew"
+
+
+def _capture_with_little_room(folder: Path) -> None:
+    """Capture two networks where no file has room, and print what is logged."""
+    logging.basicConfig(filename=folder / "log")  # which has few lines
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    for name in ("one.pt2", "two.pt2"):
+        capture(seeded(Residual), torch.zeros(2, 3, 12, 12), folder / name)
+
+
+def test_without_room_for_files_networks_are_captured_and_that_is_said_once(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_capture_with_little_room, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, "torch's writer aborts the process"
+    assert (tmp_path / "log").read_text().count("are not kept") == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "log"]
 
 
 class Forked(nn.Module):

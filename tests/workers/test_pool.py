@@ -379,20 +379,66 @@ async def test_a_model_that_crashes_two_workers_while_they_load_it_is_given_up()
         fresh = await crash_loading(bench, "deadly", fresh)
         info = bench.pool.models["deadly"]
         assert info.state == "failed"
-        assert "crashed a worker 2 times" in (info.reason or "")
+        assert "two workers in a row died" in (info.reason or "")
         assert "signal 11" in (info.reason or "")
         fresh.serve("tiny")
         assert fresh.serves
 
 
-@pytest.mark.parametrize("exit_code", [-signal.SIGKILL, 70, 1])
+@pytest.mark.parametrize("exit_code", [-signal.SIGKILL, 70, 1, 0])
 @on_loop
-async def test_of_another_end_the_model_is_not_held_guilty(exit_code: int, waits: list[float]) -> None:
-    async with Bench() as bench:
-        fresh = bench.worker
-        for _ in range(5):
-            fresh = await crash_loading(bench, "tiny", fresh, exit_code)
+async def test_any_second_death_in_a_row_fails_the_model_and_no_first_one(exit_code: int, waits: list[float]) -> None:
+    async with Bench("tiny", "deadly") as bench:
+        fresh = await crash_loading(bench, "deadly", bench.worker, exit_code)
+        assert bench.pool.models["deadly"] == ModelInfo("deadly", "loading")
+        fresh = await crash_loading(bench, "deadly", fresh, exit_code)
+        assert bench.pool.models["deadly"].state == "failed"
+        fresh.serve("tiny")
+        assert fresh.serves
+
+
+@on_loop
+async def test_two_workers_that_are_killed_at_once_while_they_load_a_model_do_not_fail_it() -> None:
+    async with Bench(devices=2) as bench:
+        for worker in bench.workers:
+            worker.load("tiny")
+        for worker in bench.workers:
+            worker.die(-signal.SIGKILL)
         assert bench.pool.models["tiny"].state == "loading"
+
+
+@on_loop
+async def test_a_load_that_takes_too_long_ends_its_worker_and_the_others_are_served() -> None:
+    async with Bench("tiny", "endless", load_timeout_s=5) as bench:
+        bench.worker.hello()
+        bench.worker.load("endless")
+        bench.pool._look_after()
+        assert cast(Any, bench.worker.process).calls == []
+        bench.worker.loading_since -= 6
+        bench.pool._end_overdue_loads()
+        assert cast(Any, bench.worker.process).calls == ["kill"]
+        assert bench.pool.models["endless"].reason == "it was not loaded within 5 seconds"
+        bench.worker.die()
+        fresh = await bench.started()
+        fresh.serve("tiny")
+        assert fresh.serves
+        fresh.load(None)
+        fresh.loading_since -= 6
+        bench.pool._end_overdue_loads()
+        assert cast(Any, fresh.process).calls == [], "it loads nothing"
+
+
+@on_loop
+async def test_a_model_that_is_given_up_fails_when_the_last_worker_that_served_it_is_gone() -> None:
+    async with Bench("tiny", devices=2, load_timeout_s=5) as bench:
+        serving, loading = bench.workers
+        serving.serve("tiny")
+        loading.load("tiny")
+        loading.loading_since -= 6
+        bench.pool._end_overdue_loads()
+        assert bench.pool.models["tiny"].reason is None
+        serving.die()
+        assert bench.pool.models["tiny"].state == "failed"
 
 
 @on_loop
