@@ -137,7 +137,7 @@ class UndecodablePicture(InvalidRequest):
 
 
 class PictureQuarantined(InvalidRequest):
-    code, title = "picture_quarantined", "The picture crashed a worker twice"
+    code, title = "picture_quarantined", "The picture crashed or hung a worker twice"
 
 
 class ModelTypeNotSupported(InvalidRequest):

@@ -51,7 +51,8 @@ class Listener(Protocol):
         """A job's outcome arrived."""
 
     def lost(self, job_ids: tuple[int, ...], crashed: bool) -> None:
-        """A worker died under these jobs, in the order in which it got them. `crashed`: by what one of them did."""
+        """A worker died under these jobs, in the order in which it got them. `crashed`: by what one of them did, also by
+        a hang."""
 
     def changed(self) -> None:
         """A worker may have room, or a model more."""
@@ -198,7 +199,7 @@ class Pool:
         for worker in self.workers:
             if worker.hangs(self._settings.hang_s):
                 logger.error("worker %s shows no progress for %g s", worker.device, self._settings.hang_s)
-                worker.process.kill()
+                worker.end_hanging(self._settings.hang_s)
 
     def _clear_away(self) -> None:
         """Remove the folders of dead workers, repeatedly: their compilers leave after them, and write until then."""
@@ -273,6 +274,8 @@ class Pool:
 
     def _judge(self, worker: Worker) -> bool:
         """Whether its jobs may be to blame for its end. A model is that crashes who loads it, and is given up."""
+        if worker.hung:
+            return True
         model_id = worker.loading
         if not worker.crashed or model_id is None:
             return worker.crashed
