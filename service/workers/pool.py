@@ -51,8 +51,7 @@ class Listener(Protocol):
         """A job's outcome arrived."""
 
     def lost(self, job_ids: tuple[int, ...], crashed: bool) -> None:
-        """A worker died under these jobs, in the order in which it got them. `crashed`: by what one of them did, also by
-        a hang."""
+        """A worker died under these jobs, in the order in which it got them. `crashed`: one of them crashed or hung it."""
 
     def changed(self) -> None:
         """A worker may have room, or a model more."""

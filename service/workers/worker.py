@@ -62,7 +62,7 @@ class Worker:
         self.stalled_s = 0.0
         self.heard = math.inf  # it has not begun
         self.hung = False
-        """Whether it was killed because a request's step did not end, or because it was silent while it loaded nothing."""
+        """Killed because a request's step did not end, or because it was silent while it loaded nothing."""
         self.gone = threading.Event()
         self.serves = False
         self._receive = receive
