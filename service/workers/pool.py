@@ -51,7 +51,7 @@ class Listener(Protocol):
         """A job's outcome arrived."""
 
     def lost(self, job_ids: tuple[int, ...], crashed: bool) -> None:
-        """A worker died under these jobs, in the order in which it got them. `crashed`: one of them crashed or hung it."""
+        """A worker died under these jobs, in the order in which it got them. `crashed`: one of them did it."""
 
     def changed(self) -> None:
         """A worker may have room, or a model more."""
