@@ -98,6 +98,10 @@ class TooManyPixels(ServiceError):
     status, code, title = 413, "too_many_pixels", "A picture has more pixels than the limit"
 
 
+class PictureTooSlow(ServiceError):
+    status, code, title = 413, "picture_too_slow", "A picture takes longer to decode than the limit"
+
+
 class UnsupportedMediaType(ServiceError):
     status, code, title = 415, "unsupported_media_type", "The media type of the body is not supported"
 
@@ -133,7 +137,7 @@ class UndecodablePicture(InvalidRequest):
 
 
 class PictureQuarantined(InvalidRequest):
-    code, title = "picture_quarantined", "The picture crashed a worker twice"
+    code, title = "picture_quarantined", "The picture crashed or hung a worker twice"
 
 
 class ModelTypeNotSupported(InvalidRequest):

@@ -88,6 +88,12 @@ class Settings(BaseModel):
     max_pictures: int = Field(64, ge=1, description="pictures of one request")
     max_parts: int = Field(128, ge=1, description="parts of one form: pictures and fields")
     max_pixels: int = Field(50_000_000, ge=1, description="pixels of one picture, read from its header")
+    max_decode_s: float = Field(
+        5.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds of one core that decoding a picture may take, estimated from its header",
+    )
     max_request_pixels: int = Field(
         200_000_000, ge=1, description="pixels of all pictures of one request; they are in memory together"
     )

@@ -19,7 +19,7 @@ TABLE = {
     405: {"method_not_allowed"},
     406: {"not_acceptable"},
     408: {"body_timeout", "headers_timeout"},
-    413: {"body_too_large", "too_many_pictures", "too_many_pixels"},
+    413: {"body_too_large", "too_many_pictures", "too_many_pixels", "picture_too_slow"},
     415: {"unsupported_media_type"},
     422: {
         "invalid_request",

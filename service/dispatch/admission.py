@@ -29,7 +29,7 @@ class Ticket:
     worker: Worker | None = None
     losses: int = 0
     suspect: bool = False
-    """A worker crashed that did nothing else."""
+    """A worker crashed or hung that did nothing else."""
     cost: float = 0.0
     """Seconds of device work, as far as they can be told beforehand."""
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
-from service.workers.messages import ExplainRequest
+from service.workers.messages import ExplainRequest, MethodInfo
 
 MAX_KNOWN = 1024
 FORGET_S = 600.0
@@ -56,31 +58,57 @@ class _Known:
 
 
 class Costs:
-    """The mean cost of a picture per model, methods, parameters and number of classes. The least recent are dropped."""
+    """The mean cost of a picture per model, methods, number of classes and those parameters that change the cost.
 
-    def __init__(self) -> None:
+    The least recent are dropped.
+    """
+
+    def __init__(self, methods: Callable[[], Iterable[MethodInfo]]) -> None:
+        """`methods`: those that are known by now."""
+        self._methods = methods
         self._known: OrderedDict[str, _Known] = OrderedDict()
 
     def estimate(self, request: ExplainRequest) -> float | None:
         """Seconds of device work; None where nothing like it was measured lately."""
-        per_picture = self._lately(_key(request)).estimate()
+        per_picture = self._lately(self._key(request)).estimate()
         return None if per_picture is None else per_picture * len(request.pictures)
 
     def learn(self, request: ExplainRequest, spent: float, finished: bool) -> None:
         """The device worked `spent` seconds for a request, until it was answered or given up."""
         per_picture = spent / len(request.pictures)
-        key = _key(request)
+        key = self._key(request)
         known = self._lately(key)
         self._known[key] = known.finish(per_picture) if finished else known.give_up(UNFINISHED * per_picture, spent)
         self._known.move_to_end(key)
         if len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
 
+    def _key(self, request: ExplainRequest) -> str:
+        known = {method.name: method for method in self._methods()}
+        asked = {name: _costly_params(known[name], request.gen_params) for name in request.methods if name in known}
+        classes = max(map(len, request.target_classes), default=0)
+        return json.dumps([request.model_id, asked, max(1, classes)], sort_keys=True)
+
     def _lately(self, key: str) -> _Known:
         known = self._known.get(key)
         return known if known and time.monotonic() - known.at <= FORGET_S else _Known()
 
 
-def _key(request: ExplainRequest) -> str:
-    classes = max(map(len, request.target_classes), default=0)
-    return json.dumps([request.model_id, request.methods, request.gen_params, max(1, classes)], sort_keys=True)
+def _costly_params(method: MethodInfo, given: Mapping[str, object]) -> dict[str, object]:
+    """What the method will use, defaults included, of all parameters whose schema does not say that none of their
+    values takes longer than another. Seeds, for one: a request with another seed costs the same."""
+    own = given.get(method.name)
+    values = {**given, **own} if isinstance(own, Mapping) else given
+    schemas = cast(Mapping[str, Mapping[str, object]], method.gen_params.get("properties", {}))
+    return {
+        name: _plain(values.get(name, schema.get("default")))
+        for name, schema in schemas.items()
+        if schema.get("x-changes-cost", True)
+    }
+
+
+def _plain(value: object) -> object:
+    """The same for each way to write a value: a boolean may be a string, and one layer may stand in a list."""
+    if isinstance(value, list | tuple) and len(value) == 1:
+        return value[0]
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value

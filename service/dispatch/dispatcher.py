@@ -58,7 +58,7 @@ class Dispatcher:
         self._tickets: dict[int, Ticket] = {}
         self._pending: list[Ticket] = []
         self._admission = Admission(settings, pool, self._tickets)
-        self._costs = Costs()
+        self._costs = Costs(lambda: pool.methods)
         self._quarantine = Quarantine()
         self._closing: set[str] = set()
         self.counts = Counts()

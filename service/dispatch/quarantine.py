@@ -1,4 +1,4 @@
-"""Pictures that crash their worker, which are refused for a while."""
+"""Pictures that crash or hang their worker, which are refused for a while."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Record:
 
 
 class Quarantine:
-    """Counts the crashes of workers that had one request alone; its pictures are what the request is known by.
+    """Counts the crashes and hangs of workers that had one request alone, which is known by its pictures.
 
     Which of several pictures is guilty is not known: they are quarantined together, and each alone is free.
     """
@@ -29,7 +29,7 @@ class Quarantine:
         self._records: dict[tuple[int, bytes], _Record] = {}  # by length and digest
 
     def blame(self, request: ExplainRequest) -> None:
-        """A worker crashed while it had this request alone."""
+        """A worker crashed or hung while it had this request alone."""
         key = _length(request.pictures), _digest(request.pictures)
         record = self._records.setdefault(key, _Record(0, 0.0))
         record.crashes += 1
@@ -70,5 +70,7 @@ def _digest(pictures: tuple[bytes | str, ...]) -> bytes:
 
 
 def _quarantined(pointer: str, what: str) -> PictureQuarantined:
-    detail = f"{what} crashed a worker {MAX_CRASHES} times when nothing else ran there; try again in ten minutes."
+    detail = (
+        f"{what} crashed or hung a worker {MAX_CRASHES} times when nothing else ran there; try again in ten minutes."
+    )
     return PictureQuarantined(detail, errors=(FieldError(pointer, detail),))

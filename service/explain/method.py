@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.config import JsonDict
 from torch import Tensor
 
 from service.explain.mathematics import GradModifier, principal_component, summed
@@ -36,7 +37,9 @@ Layers = Annotated[
     Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_LAYERS)],
     BeforeValidator(_listed, json_schema_input_type=Name | LayerList),
 ]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+COSTLESS: JsonDict = {"x-changes-cost": False}
+"""In the schema of a parameter: whatever its value is, the method takes equally long."""
+Seed = Annotated[int, Field(ge=0, lt=2**63, json_schema_extra=COSTLESS)]
 
 
 class GenParams(BaseModel):
@@ -51,6 +54,7 @@ class ScaledParams(GenParams):
     scaling: Scaling = Field(
         "scale_after_relu",
         description="how the map is scaled after it was upsampled (HALCON: scaling)",
+        json_schema_extra=COSTLESS,
     )
 
 

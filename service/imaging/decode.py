@@ -5,22 +5,23 @@ from __future__ import annotations
 import binascii
 import io
 import re
-import struct
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import pybase64
-from PIL import BmpImagePlugin, Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
+from PIL import BmpImagePlugin, Image, ImageCms, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from service.errors import ServiceError, TooManyPixels, UndecodablePicture
+from service.imaging.price import RUN_LENGTH, decode_seconds, tile_size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 # Pillow walks a file's parts in Python. The longest honest walk is a run-length BMP's, of two bytes a step.
 MAX_READS = 1_000_000
-# Each scan of a progressive JPEG passes over the whole picture, and each EXIF segment copies those before it.
-MAX_SCANS = MAX_EXIF_SEGMENTS = 100
+# Pillow joins a JPEG's EXIF segments, and copies all that came before for each.
+MAX_EXIF_SEGMENTS = 100
 # Pillow reads run-length BMPs in Python, a pixel at a time.
 MAX_RUN_LENGTH_PIXELS = 4_000_000
 # What Pillow finds odd in a client's file is no news to the server's log.
@@ -37,8 +38,6 @@ _UPRIGHT = {
 }
 _URL = re.compile(r"\s*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _WHITESPACE = b" \t\r\n\f\v"
-_RUN_LENGTH = (BmpImagePlugin.BmpImageFile.COMPRESSIONS["RLE8"], BmpImagePlugin.BmpImageFile.COMPRESSIONS["RLE4"])
-_TILE_TAGS = (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)
 
 
 class _File(io.BytesIO):
@@ -53,26 +52,50 @@ class _File(io.BytesIO):
         return super().read(size)
 
 
-def decode(data: bytes, max_pixels: int) -> Image.Image:
-    """The first frame of a JPEG, PNG, WebP, GIF, BMP or TIFF file as an upright 8-bit RGB image, alpha over white.
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A picture's file of which the headers were read. `seconds`: what decoding it takes one core, estimated."""
 
-    Raises TooManyPixels where the header declares more than `max_pixels`, before a pixel is decoded, and
-    UndecodablePicture for anything else that cannot be read to its end.
+    image: Image.Image
+    seconds: float
+
+    def decode(self) -> Image.Image:
+        """The first frame as an upright 8-bit RGB image, alpha over white.
+
+        Raises UndecodablePicture for what cannot be read to its end.
+        """
+        image = self.image
+        try:
+            image.load()
+            rgb = _to_rgb(image)
+        except ServiceError:
+            raise
+        except Exception as error:
+            raise _damaged(image, error) from error
+        orientation = _UPRIGHT.get(_orientation(image))
+        return rgb if orientation is None else rgb.transpose(orientation)
+
+
+def open_picture(data: bytes, max_pixels: int) -> Opened:
+    """Read the headers of a JPEG, PNG, WebP, GIF, BMP or TIFF file.
+
+    Raises TooManyPixels where they declare more than `max_pixels`, and UndecodablePicture for what is no such file.
     """
     image = _open(data, max_pixels)
     try:
         _check_pixels("picture", image.size, max_pixels)
-        _check_pixels("picture's first tile", _tile(image, data), max_pixels)
-        if isinstance(image, BmpImagePlugin.BmpImageFile) and image.info.get("compression") in _RUN_LENGTH:
+        _check_pixels("picture's first tile", tile_size(image, data), max_pixels)
+        if isinstance(image, BmpImagePlugin.BmpImageFile) and image.info.get("compression") in RUN_LENGTH:
             _check_pixels("run-length coded picture", image.size, MAX_RUN_LENGTH_PIXELS)
-        image.load()
-        rgb = _to_rgb(image)
+        return Opened(image, decode_seconds(image, data))
     except ServiceError:
         raise
     except Exception as error:
-        raise UndecodablePicture(f"The {image.format} file is damaged or cut short: {error}.") from error
-    orientation = _UPRIGHT.get(_orientation(image))
-    return rgb if orientation is None else rgb.transpose(orientation)
+        raise _damaged(image, error) from error
+
+
+def _damaged(image: Image.Image, error: Exception) -> UndecodablePicture:
+    return UndecodablePicture(f"The {image.format} file is damaged or cut short: {error}.")
 
 
 def decode_base64(text: str) -> bytes:
@@ -102,7 +125,7 @@ def decode_base64(text: str) -> bytes:
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise UndecodablePicture("The picture is empty: 0 bytes.")
-    _check_jpeg(data)
+    _check_exif(data)
     # Some plugins reserve memory for a frame while they open a file; Pillow checks it against twice this number.
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
@@ -120,14 +143,10 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise UndecodablePicture(f"The picture's header is damaged: {error}.") from error
 
 
-def _check_jpeg(data: bytes) -> None:
-    """Raise UndecodablePicture for a JPEG that is made to cost minutes. libtiff has such a limit of its own."""
-    if not data.startswith(b"\xff\xd8"):
-        return
-    limits = {"scans": (b"\xff\xda\x00", MAX_SCANS), "EXIF segments": (b"Exif\0\0", MAX_EXIF_SEGMENTS)}
-    for what, (mark, limit) in limits.items():
-        if (found := data.count(mark)) > limit:
-            raise UndecodablePicture(f"The JPEG file has {found} {what}; at most {limit} are read.")
+def _check_exif(data: bytes) -> None:
+    """Raise UndecodablePicture for a JPEG of so many EXIF segments that Pillow takes minutes to join them."""
+    if data.startswith(b"\xff\xd8") and (found := data.count(b"Exif\0\0")) > MAX_EXIF_SEGMENTS:
+        raise UndecodablePicture(f"The JPEG file has {found} EXIF segments; at most {MAX_EXIF_SEGMENTS} are read.")
 
 
 def _check_pixels(what: str, size: tuple[int, int], max_pixels: int) -> None:
@@ -135,32 +154,6 @@ def _check_pixels(what: str, size: tuple[int, int], max_pixels: int) -> None:
     if width * height > max_pixels:
         detail = f"The {what} has {width} x {height} = {width * height} pixels; the limit is {max_pixels}."
         raise TooManyPixels(detail)
-
-
-def _tile(image: Image.Image, data: bytes) -> tuple[int, int]:
-    """Width and height of a TIFF's tiles: one is decoded whole, however small the picture in it.
-
-    libtiff reads the file anew, and knows types of numbers that Pillow passes over: what they may see differently is
-    refused.
-    """
-    if not isinstance(image, TiffImagePlugin.TiffImageFile):
-        return 0, 0
-    given = [tag for tag in _tags(image.tag_v2, data) if tag in _TILE_TAGS]
-    if not given:
-        return 0, 0
-    width, height = (image.tag_v2.get(tag) for tag in _TILE_TAGS)
-    if len(given) == len(_TILE_TAGS) and isinstance(width, int) and isinstance(height, int):
-        return width, height
-    raise UndecodablePicture("The TIFF file's tiles need one whole number for their width and one for their height.")
-
-
-def _tags(directory: TiffImagePlugin.ImageFileDirectory_v2, data: bytes) -> list[int]:
-    """Every tag in the file's first directory, as often as it is there."""
-    order = ">" if data.startswith(b"M") else "<"
-    count, entry = ("Q", 20) if data[2:4] in (b"+\0", b"\0+") else ("H", 12)
-    (entries,) = struct.unpack_from(order + count, data, directory.offset)
-    start = directory.offset + struct.calcsize(count)
-    return [struct.unpack_from(order + "H", data, start + entry * number)[0] for number in range(entries)]
 
 
 def _orientation(image: Image.Image) -> int:

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from service.explain.mathematics import quotient
-from service.explain.method import GenParams, Method, ScaledParams, register
+from service.explain.method import COSTLESS, GenParams, Method, ScaledParams, register
 from service.explain.trace import Trace
 from service.models.grids import Grid, propose_grids
 from service.models.layers import Target
@@ -51,7 +51,11 @@ _grids: WeakKeyDictionary[Program, Grid | str] = WeakKeyDictionary()
 class AttentionRolloutParams(ScaledParams):
     head_fusion: Literal["mean", "max", "min"] = Field("mean", description="how the heads of a layer become one")
     discard_ratio: float = Field(
-        0.0, ge=0, lt=1, description="the share, 0 to 1, of each layer's smallest attention weights that counts as 0"
+        0.0,
+        ge=0,
+        lt=1,
+        description="the share, 0 to 1, of each layer's smallest attention weights that counts as 0",
+        json_schema_extra=COSTLESS,
     )
 
 

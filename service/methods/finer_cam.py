@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from service.explain.mathematics import channels_weighted
-from service.explain.method import WeightedCam, WeightedCamParams, register
+from service.explain.method import COSTLESS, WeightedCam, WeightedCamParams, register
 from service.explain.trace import Trace
 from service.models.layers import Target
 from service.models.program import Program
@@ -15,7 +15,11 @@ from service.models.program import Program
 
 class FinerCamParams(WeightedCamParams):
     alpha: float = Field(
-        1.0, ge=0, le=10, description="how much of the similar classes' logits is taken away, as a factor; 0: Grad-CAM"
+        1.0,
+        ge=0,
+        le=10,
+        description="how much of the similar classes' logits is taken away, as a factor; 0: Grad-CAM",
+        json_schema_extra=COSTLESS,
     )
     references: int = Field(
         3,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from service.explain.mathematics import quotient
-from service.explain.method import GenParams, Method, register
+from service.explain.method import COSTLESS, GenParams, Method, register
 from service.explain.trace import Trace
 
 TRUNCATION = 4
@@ -32,6 +32,7 @@ class IntegratedGradientsParams(GenParams):
         ge=1,
         le=100,
         description="the standard deviation of the Gaussian blur, in pixels of the network's input; for baseline blur",
+        json_schema_extra=COSTLESS,
     )
 
 

@@ -8,14 +8,16 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from service.explain.method import GenParams, Method, ScaledParams, Seed, register
+from service.explain.method import COSTLESS, GenParams, Method, ScaledParams, Seed, register
 from service.explain.trace import Trace
 
 
 class RiseParams(ScaledParams):
     n: int = Field(4000, ge=1, le=20_000, description="how many random masks the picture is seen through")
     grid: int = Field(7, ge=1, le=64, description="cells of a mask along each side of the picture")
-    p: float = Field(0.5, gt=0, le=1, description="the probability that a cell is shown, 0 to 1")
+    p: float = Field(
+        0.5, gt=0, le=1, description="the probability that a cell is shown, 0 to 1", json_schema_extra=COSTLESS
+    )
     seed: Seed = Field(0, description="which random masks")
 
 

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from service.explain.mathematics import noisy
-from service.explain.method import GenParams, Method, Seed, register
+from service.explain.method import COSTLESS, GenParams, Method, Seed, register
 from service.explain.trace import Trace
 
 
@@ -19,6 +19,7 @@ class SmoothGradParams(GenParams):
         le=1,
         description="the noise's standard deviation, as a fraction of the range (maximum minus minimum) of the "
         "normalised picture",
+        json_schema_extra=COSTLESS,
     )
     seed: Seed = Field(0, description="the noise depends on it alone")
 

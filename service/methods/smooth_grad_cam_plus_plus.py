@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from service.explain.mathematics import channels_weighted, noisy, quotient
-from service.explain.method import Seed, WeightedCam, WeightedCamParams, register
+from service.explain.method import COSTLESS, Seed, WeightedCam, WeightedCamParams, register
 from service.explain.trace import Trace
 
 
@@ -19,6 +19,7 @@ class SmoothGradCamPlusPlusParams(WeightedCamParams):
         le=1,
         description="standard deviation of the noise, as a share of the range (largest minus smallest value) of each "
         "picture's normalised input",
+        json_schema_extra=COSTLESS,
     )
     seed: Seed = Field(0, description="of the noise, which is the same for each picture")
 

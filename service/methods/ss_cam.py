@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from service.explain.mathematics import masking_scores, noise, weighted_by_scores
-from service.explain.method import CamParams, GenParams, Method, Seed, register
+from service.explain.method import COSTLESS, CamParams, GenParams, Method, Seed, register
 from service.explain.trace import Trace
 
 
@@ -21,6 +21,7 @@ class SsCamParams(CamParams):
         le=1000,
         description="standard deviation of the noise, in the units of what it is added to: of the target layer's "
         "activation, or of the network's normalised input",
+        json_schema_extra=COSTLESS,
     )
     noise_on: Literal["activation", "input"] = Field(
         "activation",

@@ -56,7 +56,7 @@ def main(connection: Connection, device: str, settings: Settings, entries: tuple
     engine.device.on_poisoned = _leave_poisoned
     compiler = _compiler(engine, settings, folder, lambda model: send(ModelChanged(describe(model))))
     threading.Thread(target=_beat, args=(engine, send), name="beat", daemon=True).start()
-    methods = tuple(_describe(method) for method in REGISTRY.values())
+    methods = tuple(describe_method(method) for method in REGISTRY.values())
     send(Hello(device, engine.capacity, engine.device.slots, methods))
     loader = Loader(engine, compiler, folder, send)
     for entry in entries:
@@ -107,7 +107,8 @@ def _compiler(engine: Engine, settings: Settings, folder: Path, changed: Callabl
     return Compiler(settings, store, engine.device, folder, changed)
 
 
-def _describe(method: Method) -> MethodInfo:
+def describe_method(method: Method) -> MethodInfo:
+    """What the server knows of a method."""
     return MethodInfo(
         name=method.name,
         family=method.family,

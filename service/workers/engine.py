@@ -7,7 +7,6 @@ import logging
 import math
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 from service.errors import ModelUnloaded, ServiceError
@@ -16,6 +15,7 @@ from service.models.resident import Model
 from service.settings import Settings
 from service.workers.device import Device, cores
 from service.workers.messages import Answer, Done, ExplainRequest, Job
+from service.workers.priced import PricedExecutor
 from service.workers.run import DEFECT, Run
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Engine:
         self.activations = ActivationCache(settings.activation_cache)
         self.capacity = 2 * device.slots * device.max_batch + edges
         self._settings = settings
-        self._edges = ThreadPoolExecutor(edges, "edge")
+        self._edges = PricedExecutor(edges, "edge")
         self._runs: dict[int, Run] = {}
         self._changed = threading.Condition()
         self._own_ids = itertools.count(-1, -1)  # those of the server's jobs are positive
@@ -82,4 +82,4 @@ class Engine:
         with self._changed:
             self._changed.wait_for(lambda: not self._runs)
         self.device.close()
-        self._edges.shutdown()
+        self._edges.close()

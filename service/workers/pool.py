@@ -51,7 +51,7 @@ class Listener(Protocol):
         """A job's outcome arrived."""
 
     def lost(self, job_ids: tuple[int, ...], crashed: bool) -> None:
-        """A worker died under these jobs, in the order in which it got them. `crashed`: by what one of them did."""
+        """A worker died under these jobs, in the order in which it got them. `crashed`: one of them did it."""
 
     def changed(self) -> None:
         """A worker may have room, or a model more."""
@@ -206,7 +206,7 @@ class Pool:
         for worker in self.workers:
             if worker.hangs(self._settings.hang_s):
                 logger.error("worker %s shows no progress for %g s", worker.device, self._settings.hang_s)
-                worker.process.kill()
+                worker.end_hanging(self._settings.hang_s)
 
     def _end_overdue_loads(self) -> None:
         """Give up every model that takes too long to load, and kill the worker that does: its successor leaves it."""
@@ -294,6 +294,8 @@ class Pool:
 
         A model is given up when a worker dies while it loads it, for whatever reason, and another that began later too.
         """
+        if worker.hung:
+            return True
         model_id = worker.loading
         if model_id is None:
             return worker.crashed

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 
 from service.errors import ServiceError, TooManyPixels
 from service.models.resident import Model
 from service.settings import Settings
 from service.workers.compute import Explained
 from service.workers.device import Computed, Device, Item, Order, abandoned, bare
-from service.workers.edges import Picture, decode_picture, render_picture
+from service.workers.edges import Picture, decode_picture, look_at, render_picture, render_seconds
 from service.workers.messages import Answer, Job, PictureResult
 from service.workers.plan import Plan, make_plan
+from service.workers.priced import DEAR_S, PricedExecutor
 from service.workers.stages import Span, Stages
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ class Run:
         job: Job,
         model: Model,
         device: Device,
-        edges: Executor,
+        edges: PricedExecutor,
         settings: Settings,
         end: Callable[[Answer | ServiceError, float], None],
     ) -> None:
@@ -76,16 +78,17 @@ class Run:
         self._began = time.perf_counter()
 
     def start(self) -> None:
-        self._later(self._stages.decode, self._plan)
+        self._later(0, self._stages.decode, self._plan)
 
     def cancel(self) -> None:
         """Nobody waits any more: every step that has not begun is left out."""
         self._life.over = True
 
-    def _later(self, spans: list[Span], step: Callable[..., None], *args: object) -> None:
-        """Have a step done by a thread of the edges, which counts for the stage with these spans."""
+    def _later(self, seconds: float, spans: list[Span], step: Callable[..., None], *args: object) -> None:
+        """Have a step, which takes about so many seconds, done by a thread of the edges. It counts for the stage with
+        these spans."""
         self._enter(1)
-        self._edges.submit(self._do, spans, step, *args)
+        self._edges.submit(seconds, functools.partial(self._do, spans, step, *args))
 
     def _do(self, spans: list[Span], step: Callable[..., None], *args: object) -> None:
         started = time.perf_counter()
@@ -110,10 +113,15 @@ class Run:
         part = range(len(self._request.pictures))[start : start + self._device.max_batch]
         self._undecoded = len(part)
         for index in part:
-            self._later(self._stages.decode, self._decode, plan, part, index)
+            self._later(0, self._stages.decode, self._decode, plan, part, index)
 
-    def _decode(self, plan: Plan, part: range, index: int) -> None:
-        picture = decode_picture(index, self._model, self._request, self._settings.max_pixels)
+    def _decode(self, plan: Plan, part: range, index: int, most_s: float = DEAR_S) -> None:
+        """Decode a picture, or wait for another turn where that takes longer than `most_s`."""
+        opened = look_at(index, self._request, self._settings)
+        if opened.seconds > most_s:  # what was opened is dropped: some formats reserve memory for their pixels
+            self._later(opened.seconds, self._stages.decode, self._decode, plan, part, index, math.inf)
+            return
+        picture = decode_picture(index, opened, self._model, self._request)
         with self._lock:
             self._count_pixels(picture, len(plan.tasks) * max(1, len(plan.classes[index])))
             self._pictures[index] = picture
@@ -151,14 +159,19 @@ class Run:
         if error is None:
             computed = result.result()
             self._stages.compute.append((computed.started, computed.ended))
-            self._later(self._stages.render, self._render, index, computed.explained)
+            seconds = render_seconds(self._pictures[index], len(computed.explained.maps), self._request)
+            self._later(seconds, self._stages.render, self._render, index, computed.explained)
         else:  # what is no ServiceError has been logged
             self._fail(error if isinstance(error, ServiceError) else ServiceError(DEFECT))
         self._leave()
 
     def _render(self, index: int, explained: Explained) -> None:
         picture = self._pictures.pop(index)
-        check = self._life.check
+
+        def check() -> None:
+            self._life.check()
+            self._device.progress.step()
+
         self._results[index] = render_picture(index, picture, self._model, explained, self._request, check)
 
     def _fail(self, error: ServiceError) -> None:

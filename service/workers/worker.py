@@ -62,6 +62,8 @@ class Worker:
         self.asked: dict[str, asyncio.Future[str | None]] = {}
         self.stalled_s = 0.0
         self.heard = math.inf  # it has not begun
+        self.hung = False
+        """Killed because a request's step did not end, or because it was silent while it loaded nothing."""
         self.gone = threading.Event()
         self.serves = False
         self._receive = receive
@@ -125,6 +127,11 @@ class Worker:
     def overdue(self, timeout_s: float) -> bool:
         """Whether it has been loading one model for longer than this."""
         return self.loading is not None and time.monotonic() - self.loading_since > timeout_s
+
+    def end_hanging(self, hang_s: float) -> None:
+        """Kill the process. Unlike a SIGKILL from outside, this counts against what it did."""
+        self.hung = self.stalled_s > hang_s or self.loading is None
+        self.process.kill()
 
     @property
     def crashed(self) -> bool:

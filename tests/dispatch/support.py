@@ -101,6 +101,7 @@ class FakeWorker(Worker):
         self.slots = 1
         self.stalled_s = 0.0
         self.heard = math.inf
+        self.hung = False
         self.loading = None
         self.loading_since = 0.0
         self.asked = {}

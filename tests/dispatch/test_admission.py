@@ -9,13 +9,19 @@ from typing import Any
 
 import pytest
 
+import service.methods  # noqa: F401  (registers the methods)
 from service.dispatch.costs import FORGET_S, HOLD_S, LONGEST_HOLD_S, MAX_KNOWN, RAISE, RECENT, UNFINISHED, Costs
 from service.errors import DeadlineExceeded, DeadlineTooShort, QueueFull
+from service.explain.method import REGISTRY
+from service.workers.child import describe_method as describe
 from service.workers.messages import BATCH_DELAY_S, ExplainRequest
 from tests.dispatch.support import Bench, on_loop, settle
 
 SLOW: dict[str, Any] = {"methods": ("score_cam",)}
 BATCH: dict[str, Any] = {"priority": "batch"}
+
+
+METHODS = tuple(describe(method) for method in REGISTRY.values())
 
 
 def asking(pictures: int = 1, method: str = "grad_cam", classes: int = 0, **params: object) -> ExplainRequest:
@@ -26,7 +32,7 @@ def asking(pictures: int = 1, method: str = "grad_cam", classes: int = 0, **para
 
 
 def test_the_cost_is_that_of_the_picture_times_their_number() -> None:
-    costs = Costs()
+    costs = Costs(lambda: METHODS)
     assert costs.estimate(asking()) is None
     costs.learn(asking(pictures=4), 2.0, finished=True)
     assert costs.estimate(asking()) == 0.5
@@ -36,29 +42,63 @@ def test_the_cost_is_that_of_the_picture_times_their_number() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [asking(method="rise"), asking(classes=2), asking(n=9), ExplainRequest("other", (b"",), ((),), ("grad_cam",))],
+    [
+        asking(method="saliency"),
+        asking(method="rise", classes=2),
+        asking(method="rise", n=9),
+        asking(method="rise", grid=9),
+        ExplainRequest("other", (b"",), ((),), ("rise",)),
+        asking(method="smooth_grad"),
+    ],
 )
 def test_what_is_asked_otherwise_has_a_cost_of_its_own(other: ExplainRequest) -> None:
-    costs = Costs()
-    costs.learn(asking(), 1.0, finished=True)
+    costs = Costs(lambda: METHODS)
+    costs.learn(asking(method="rise"), 1.0, finished=True)
     assert costs.estimate(other) is None
 
 
-def test_the_order_of_parameters_is_nothing() -> None:
-    costs = Costs()
-    costs.learn(asking(n=9, seed=1), 1.0, finished=True)
-    assert costs.estimate(asking(seed=1, n=9)) == 1.0
+@pytest.mark.parametrize(
+    ("method", "one", "other"),
+    [
+        ("rise", {"n": 9, "seed": 1}, {"seed": 1, "n": 9}),
+        ("rise", {"seed": 1}, {"seed": 2}),
+        ("rise", {"p": 0.5}, {"p": 0.25, "scaling": "none"}),
+        ("rise", {}, {"n": 4000, "seed": 0}),
+        ("rise", {"n": 9}, {"rise": {"n": 9}}),
+        ("rise", {"n": 9}, {"n": 8, "rise": {"n": 9}}),
+        ("smooth_grad", {"seed": 3}, {"sigma": 0.3}),
+        ("grad_cam", {}, {"aug_smooth": "false", "use_conv_only": True}),
+        ("grad_cam", {"target_conv_layer": "stem"}, {"target_conv_layer": ["stem"]}),
+    ],
+)
+def test_what_changes_no_cost_is_no_part_of_the_key(
+    method: str, one: dict[str, object], other: dict[str, object]
+) -> None:
+    costs = Costs(lambda: METHODS)
+    costs.learn(asking(1, method, 0, **one), 1.0, finished=True)
+    assert costs.estimate(asking(1, method, 0, **other)) == 1.0
+
+
+def test_every_seed_says_that_it_changes_no_cost() -> None:
+    marked = {
+        (method.name, name)
+        for method in METHODS
+        for name, schema in method.gen_params["properties"].items()  # type: ignore[attr-defined]
+        if not schema.get("x-changes-cost", True)
+    }
+    assert {(method.name, "seed") for method in METHODS if "seed" in str(method.gen_params["properties"])} <= marked
+    assert ("rise", "n") not in marked
 
 
 def test_the_latest_costs_weigh_most() -> None:
-    costs = Costs()
+    costs = Costs(lambda: METHODS)
     for spent in (1.0, 2.0):
         costs.learn(asking(), spent, finished=True)
     assert costs.estimate(asking()) == pytest.approx(RECENT * 2 + (1 - RECENT) * 1)
 
 
 def test_what_was_given_up_costs_more_than_was_spent() -> None:
-    costs = Costs()
+    costs = Costs(lambda: METHODS)
     costs.learn(asking(), 8.0, finished=False)
     assert costs.estimate(asking()) == 8.0 * UNFINISHED
     costs.learn(asking(), 1.0, finished=False)
@@ -66,7 +106,7 @@ def test_what_was_given_up_costs_more_than_was_spent() -> None:
 
 
 def test_an_estimate_is_forgotten_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    costs, now = Costs(), time.monotonic()
+    costs, now = Costs(lambda: METHODS), time.monotonic()
     costs.learn(asking(), 1.0, finished=True)
     monkeypatch.setattr(time, "monotonic", lambda: now + FORGET_S + 1)
     assert costs.estimate(asking()) is None
@@ -90,7 +130,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.mark.parametrize("usual_s", [0.05, 5.0])
 @pytest.mark.parametrize("in_flight", [1, 5])
 def test_a_device_that_stalled_once_is_tried_again_soon(clock: Clock, usual_s: float, in_flight: int) -> None:
-    costs = Costs()
+    costs = Costs(lambda: METHODS)
     costs.learn(asking(), usual_s, finished=True)
     for _ in range(in_flight):
         clock.now += 0.01
@@ -105,7 +145,7 @@ def test_a_device_that_stalled_once_is_tried_again_soon(clock: Clock, usual_s: f
 @pytest.mark.parametrize("usual_s", [None, 0.05, 29.0])
 def test_what_is_hopeless_is_refused_at_once_but_for_a_try_now_and_then(clock: Clock, usual_s: float | None) -> None:
     """Asked for every second for an hour, with a deadline of 30 s."""
-    costs, tried, began = Costs(), [], clock.now
+    costs, tried, began = Costs(lambda: METHODS), [], clock.now
     if usual_s is not None:
         costs.learn(asking(), usual_s, finished=True)
     while (passed := clock.now - began) < 3600:
@@ -119,7 +159,7 @@ def test_what_is_hopeless_is_refused_at_once_but_for_a_try_now_and_then(clock: C
 
 
 def test_one_that_was_answered_after_a_stall_refuses_hardly_any(clock: Clock) -> None:
-    costs = Costs()
+    costs = Costs(lambda: METHODS)
     costs.learn(asking(), 0.05, finished=True)
     costs.learn(asking(), 30.0, finished=True)
     assert costs.estimate(asking()) == pytest.approx((RECENT * RAISE + 1 - RECENT) * 0.05)
@@ -129,7 +169,7 @@ def test_one_that_was_answered_after_a_stall_refuses_hardly_any(clock: Clock) ->
 
 
 def test_where_nothing_was_finished_one_try_refuses_the_next_for_seconds(clock: Clock) -> None:
-    costs = Costs()
+    costs = Costs(lambda: METHODS)
     costs.learn(asking(), 30.0, finished=False)
     clock.now += HOLD_S - 1
     assert costs.estimate(asking()) == 30.0 * UNFINISHED
@@ -138,11 +178,11 @@ def test_where_nothing_was_finished_one_try_refuses_the_next_for_seconds(clock: 
 
 
 def test_no_more_than_so_many_are_kept() -> None:
-    costs = Costs()
+    costs = Costs(lambda: METHODS)
     for number in range(MAX_KNOWN + 1):
-        costs.learn(asking(seed=number), 1.0, finished=True)
-    assert costs.estimate(asking(seed=0)) is None
-    assert costs.estimate(asking(seed=1)) == costs.estimate(asking(seed=MAX_KNOWN)) == 1.0
+        costs.learn(asking(method="rise", n=number), 1.0, finished=True)
+    assert costs.estimate(asking(method="rise", n=0)) is None
+    assert costs.estimate(asking(method="rise", n=1)) == costs.estimate(asking(method="rise", n=MAX_KNOWN)) == 1.0
 
 
 # At the door

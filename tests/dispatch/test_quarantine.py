@@ -153,3 +153,50 @@ async def test_what_crashed_in_company_and_then_alone_is_no_proof() -> None:
             await first
         with pytest.raises(PictureQuarantined):  # the same bytes, which by now have crashed two workers alone
             await second
+
+
+@pytest.mark.parametrize(
+    ("stalled_s", "silent_s", "loading", "error"),
+    [
+        (3.0, 0.0, None, PictureQuarantined),
+        (3.0, 0.0, "tiny", PictureQuarantined),
+        (0.0, 3.0, None, PictureQuarantined),
+        (0.0, 3.0, "tiny", WorkerLost),
+    ],
+)
+@on_loop
+async def test_a_picture_that_hangs_two_workers_alone_is_quarantined(
+    stalled_s: float, silent_s: float, loading: str | None, error: type[ServiceError]
+) -> None:
+    """Where a worker was silent while it loaded a model, that may have been the reason."""
+    async with Bench(hang_s=2) as bench:
+        bench.worker.serve("tiny")
+        task, worker = await bench.ask(), bench.worker
+        for _ in range(2):
+            worker.load(loading)
+            worker.beat(stalled_s)
+            worker.heard -= silent_s
+            bench.pool._end_hanging()
+            worker.die(-signal.SIGKILL)
+            worker = await bench.started()
+            worker.serve("tiny")
+            await settle()
+        with pytest.raises(error):
+            await task
+
+
+@on_loop
+async def test_a_hang_in_company_blames_nobody() -> None:
+    async with Bench(hang_s=2) as bench:
+        bench.worker.serve("tiny", capacity=2)
+        tasks = [await bench.ask() for _ in range(2)]
+        bench.worker.beat(3.0)
+        bench.pool._end_hanging()
+        bench.worker.die(-signal.SIGKILL)
+        fresh = await bench.started()
+        fresh.serve("tiny", capacity=2)
+        for task, job_id in zip(tasks, (1, 2), strict=True):
+            await settle()
+            fresh.finish(job_id)
+            await task
+        assert not is_kept(bench.dispatcher._quarantine, showing(b""))

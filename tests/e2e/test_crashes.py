@@ -115,6 +115,19 @@ def test_a_worker_that_hangs_is_replaced(fragile: Server, client: httpx.Client) 
     assert worker_of(fragile) != before
 
 
+def test_a_picture_that_hangs_its_worker_twice_while_alone_is_quarantined(
+    fragile: Server, client: httpx.Client
+) -> None:
+    guilty = picture_of(Fault.HANG, size=48)
+    first = ask(client, guilty)
+    assert (first.status_code, first.json()["code"]) == (422, "picture_quarantined"), first.text
+    fragile.wait_ready()
+    survivor = worker_of(fragile)
+    assert ask(client, guilty).status_code == 422
+    assert ask(client, harmless(0)).status_code == 200
+    assert worker_of(fragile) == survivor
+
+
 def test_a_worker_that_is_stopped_from_outside_is_replaced_and_costs_nobody_an_answer(
     fragile: Server, client: httpx.Client
 ) -> None:

@@ -14,12 +14,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.errors import TooManyPixels, UndecodablePicture
-from service.imaging.decode import decode, decode_base64
+from service.imaging.decode import decode_base64, open_picture
 
 LIMIT = 1_000_000
 CHELSEA = Path(__file__).parents[1] / "data" / "chelsea.png"
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+
+
+def decode(data: bytes, max_pixels: int) -> Image.Image:
+    return open_picture(data, max_pixels).decode()
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from service.errors import TooManyPixels, UndecodablePicture
-from service.imaging.decode import FORMATS, MAX_EXIF_SEGMENTS, MAX_READS, MAX_SCANS, decode, decode_base64
+from service.imaging.decode import FORMATS, MAX_EXIF_SEGMENTS, MAX_READS, decode_base64
 from service.imaging.geometry import Fit, FitMode, fit_picture
-from tests.imaging.test_decode import LIMIT, NOISE, encoded, pixels, png
+from service.imaging.price import MAX_PARTS
+from tests.imaging.test_decode import LIMIT, NOISE, decode, encoded, pixels, png
 
 MAX_PIXELS = 50_000_000
 MEMORY = 100 * 2**20
@@ -150,7 +151,11 @@ BOMBS: dict[str, tuple[Picture, str]] = {
         lambda: after_start(small("JPEG"), segment(0xE1, b"Exif\0\0" + bytes(100)) * 290_000),
         f"290000 EXIF segments; at most {MAX_EXIF_SEGMENTS}",
     ),
-    "JPEG of many scans": (lambda: scans(5000), f"scans; at most {MAX_SCANS}"),
+    "JPEG of many scans": (lambda: scans(5000), "(30, 20)"),
+    "JPEG of many segments behind its first scan": (
+        lambda: small("JPEG", progressive=True)[:-2] + segment(0xFE, b"") * 200_000 + b"\xff\xd9",
+        f"more than {MAX_PARTS} parts",
+    ),
     "GIF whose screen is huge": (lambda: gif(1, screen=60_000), "3600000000 pixels; the limit is 50000000"),
     "GIF whose frame is huge": (lambda: gif(1, frame=60_000), "3600000000 pixels"),
     "GIF whose huge frame is cleared": (lambda: gif(1, frame=60_000, disposal=2), "3600000000 pixels"),
