@@ -15,10 +15,12 @@ from uvicorn.server import ServerState
 
 from service.api.parser import Parser
 from service.api.problems import problem
+from service.api.turns import Turns
 from service.errors import HeadersTimeout, ServiceError
 from service.settings import Settings
 
-SLICE = 4096
+SLICE = 8192  # bytes that are parsed in one turn
+EVENTS = 64  # events of one turn, such as the start of a request or a chunk
 RESERVE = 32
 
 Awaited = Literal["first head", "head", "rest of a body"] | None
@@ -57,13 +59,14 @@ class BoundedConnection(H11Protocol):
     """Refuses a head (request line and headers) that is too long or too slow; bodies are bounded where they are read.
     An answer of which nothing is read any more is given up, for it is held in memory.
 
-    What was read is parsed a slice at a time, and other connections run between two slices. Nothing is parsed and
-    little is read while a request is answered. What no parser made a request of is answered here, since no
+    What was read is parsed a slice at a time, and connections take turns. Nothing is parsed and little is read while
+    a request is answered. What no parser made a request of is answered here, since no
     application sees it.
     """
 
     settings: Settings
     reserve: dict[BoundedConnection, None]
+    turns: Turns
 
     def __init__(
         self,
@@ -75,7 +78,7 @@ class BoundedConnection(H11Protocol):
         super().__init__(config, server_state, app_state, _loop)
         self.conn: Parser = Parser(self.settings.max_header_bytes)
         self._pending = bytearray()
-        self._parsing: asyncio.Handle | None = None
+        self._waits_its_turn = False
         self._awaited: Awaited = None
         self._timer: asyncio.TimerHandle | None = None
         self._unread_timer: asyncio.TimerHandle | None = None
@@ -90,8 +93,6 @@ class BoundedConnection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.reserve.pop(self, None)
         self._pending.clear()
-        if self._parsing is not None:
-            self._parsing.cancel()
         self._stop_timer()
         self._stop_unread_timer()
         super().connection_lost(exc)
@@ -104,37 +105,47 @@ class BoundedConnection(H11Protocol):
         if data:
             self._unset_keepalive_if_required()
             self._pending += data
-            self._go_on()
+            if not self._waits_its_turn:
+                self._parse()
 
     def on_response_complete(self) -> None:
+        self.conn.budget = 0  # the next request waits its turn
         super().on_response_complete()
-        self._go_on()
+        self._settle()
 
-    def _go_on(self) -> None:
-        """Parse a slice, and the next one when other connections had their turn."""
-        if self._parsing is None and self._wants_bytes():
-            self._parse()
-        if self._parsing is None and self._wants_bytes():
-            self._parsing = self.loop.call_soon(self._next_slice)
-        if self.conn.their_state is h11.MUST_CLOSE or self.transport.is_closing():
-            self._pending.clear()  # nothing follows the last request
-        self.flow.hold(bool(self._pending))
-        self._watch()
-
-    def _next_slice(self) -> None:
-        self._parsing = None
-        self._go_on()
-
-    def _wants_bytes(self) -> bool:
-        parses = self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and not self.transport.is_closing()
-        return parses and bool(self._pending)
+    def _take_turn(self) -> None:
+        self._waits_its_turn = False
+        self._parse()
 
     def _parse(self) -> None:
-        size = max(SLICE, self.conn.remaining)  # a body of known length costs nothing to parse
+        """Parse what is left of the last slice, then one more."""
+        self.conn.budget = EVENTS
+        if self._may_parse() and self.conn.trailing_data[0]:
+            self.handle_events()
+        self._feed(SLICE)
+        self._feed(self.conn.remaining)  # a body of known length costs nothing to parse
+        self._settle()
+
+    def _feed(self, size: int) -> None:
         part = bytes(self._pending[:size])
-        del self._pending[:size]
-        self.conn.receive_data(part)
-        self.handle_events()
+        if part and self.conn.budget and self._may_parse():
+            del self._pending[:size]
+            self.conn.receive_data(part)
+            self.handle_events()
+
+    def _may_parse(self) -> bool:
+        return self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and not self.transport.is_closing()
+
+    def _settle(self) -> None:
+        """After each step: wait for the next turn if there is more to parse, and read no more until then."""
+        if self.conn.their_state is h11.MUST_CLOSE or self.transport.is_closing():
+            self._pending.clear()  # nothing follows the last request
+        more = self._pending or (self.conn.budget == 0 and self.conn.trailing_data[0])
+        if more and self._may_parse() and not self._waits_its_turn:
+            self._waits_its_turn = True
+            self.turns.wait(self._take_turn)
+        self.flow.hold(bool(self._pending))
+        self._watch()
 
     def _should_upgrade(self) -> bool:
         return False  # the request is answered as if it had not asked for that (RFC 9110, 7.8)
@@ -235,5 +246,5 @@ class BoundedConnection(H11Protocol):
 
 
 def bounded_connection(settings: Settings) -> type[BoundedConnection]:
-    """The kind of connection to give to uvicorn; its instances share a reserve."""
-    return type("Connection", (BoundedConnection,), {"settings": settings, "reserve": {}})
+    """The kind of connection to give to uvicorn; its instances share a reserve and take turns."""
+    return type("Connection", (BoundedConnection,), {"settings": settings, "reserve": {}, "turns": Turns()})

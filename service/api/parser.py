@@ -17,6 +17,7 @@ ORIGIN = re.compile(rb"https?://[^/?#]+", re.IGNORECASE)
 class Parser(h11.Connection):
     """Raises h11.RemoteProtocolError for what is refused; `error` is then the problem to answer.
 
+    `budget` is the number of events that may still be parsed; without any, next_event tells NEED_DATA.
     `remaining` is the rest of a body of known length, in bytes. `in_body` tells whether the latest event belongs
     to a body.
     """
@@ -26,6 +27,7 @@ class Parser(h11.Connection):
         self._max_header_bytes = max_header_bytes
         self._framing = 0
         self.remaining = 0
+        self.budget = 0
         self.in_body = False
         self.error: ServiceError = MalformedRequest("The bytes on the connection are no HTTP/1.1 request.")
 
@@ -36,6 +38,9 @@ class Parser(h11.Connection):
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         """The next event, as h11 has it."""
+        if self.budget == 0:
+            return h11.NEED_DATA
+        self.budget -= 1
         self.in_body = self.their_state is h11.SEND_BODY
         if self.their_state is h11.IDLE:
             self._check_head()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -33,7 +34,14 @@ MANY = LIVE * (246_000 // len(LIVE))
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("attacked")
     write_tiny(folder / "models" / "tiny")
-    with running(folder, "--models", str(folder / "models"), "--max-connections", str(MAX_CONNECTIONS)) as one:
+    with running(folder, "--models", str(folder / "models")) as one:
+        yield one
+
+
+@pytest.fixture
+def limited(tmp_path: Path) -> Iterator[Server]:
+    write_tiny(tmp_path / "models" / "tiny")
+    with running(tmp_path, "--models", str(tmp_path / "models"), "--max-connections", str(MAX_CONNECTIONS)) as one:
         yield one
 
 
@@ -136,26 +144,26 @@ def test_a_long_pipeline_is_answered_in_order(server: Server) -> None:
     assert [re.findall(r"/nowhere/\d+", reply.problem["detail"])[0] for reply in answers] == paths
 
 
-def test_over_the_limit_probes_are_answered_and_all_else_is_refused(server: Server) -> None:
-    connections = psutil.Process(server.process.pid).net_connections
+def test_over_the_limit_probes_are_answered_and_all_else_is_refused(limited: Server) -> None:
+    connections = psutil.Process(limited.process.pid).net_connections
     with ExitStack() as stack:
-        taken = [stack.enter_context(connect(server)) for _ in range(MAX_CONNECTIONS)]
+        taken = [stack.enter_context(connect(limited)) for _ in range(MAX_CONNECTIONS)]
         wait_until(lambda: sum(one.status == "ESTABLISHED" for one in connections("tcp")) >= MAX_CONNECTIONS, 10)
-        refused = httpx.get(f"{server.url}/models")
+        refused = httpx.get(f"{limited.url}/models")
         assert (refused.status_code, refused.json()["code"]) == (503, "too_many_connections")
         assert (refused.headers["connection"], refused.headers["retry-after"]) == ("close", "1")
         assert refused.json()["request_id"] == refused.headers["x-request-id"]
         for path in ("/livez", "/readyz"):
-            answer = httpx.get(f"{server.url}{path}")
+            answer = httpx.get(f"{limited.url}{path}")
             assert (answer.status_code, answer.headers["connection"]) == (200, "close")
-        more = [stack.enter_context(connect(server)) for _ in range(RESERVE + 20)]  # more than the reserve holds
-        assert httpx.get(f"{server.url}/livez").status_code == 200
+        more = [stack.enter_context(connect(limited)) for _ in range(RESERVE + 20)]  # more than the reserve holds
+        assert httpx.get(f"{limited.url}/livez").status_code == 200
         assert until_closed(more[0]) == b""
         taken[0].sendall(head(verb="GET", url="/models"))
         assert until_closed(taken[0]).startswith(b"HTTP/1.1 200")
         open_now = sum(one.status == "ESTABLISHED" for one in connections("tcp"))
         assert open_now <= MAX_CONNECTIONS + RESERVE
-    wait_until(lambda: httpx.get(f"{server.url}/models").status_code == 200, 10)
+    wait_until(lambda: httpx.get(f"{limited.url}/models").status_code == 200, 10)
 
 
 def test_the_server_is_well(server: Server, photograph: bytes) -> None:
