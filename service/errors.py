@@ -180,6 +180,10 @@ class NoWorker(Unavailable):
     code, title = "no_worker", "No worker serves now"
 
 
+class TooManyConnections(Unavailable):
+    code, title = "too_many_connections", "Too many connections are open"
+
+
 class WorkerLost(Unavailable):
     code, title = "worker_lost", "The worker died twice under this request"
 

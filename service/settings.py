@@ -83,6 +83,9 @@ class Settings(BaseModel):
     max_queue_bytes: int = Field(
         512 * MIB, ge=1, description="bytes of all accepted, unanswered requests; and of all bodies that arrive"
     )
+    max_connections: int = Field(
+        800, ge=1, description="open connections; a few more are accepted to answer probes, and get 503 for all else"
+    )
     max_header_bytes: int = Field(64 * 1024, ge=1024, description="bytes of one request's line and headers")
     max_body_bytes: int = Field(32 * MIB, ge=1, description="bytes of one request's body")
     max_pictures: int = Field(64, ge=1, description="pictures of one request")

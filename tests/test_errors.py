@@ -35,7 +35,16 @@ TABLE = {
     429: {"queue_full", "rate_limited"},
     431: {"headers_too_large"},
     500: {"internal_error"},
-    503: {"unavailable", "model_loading", "model_failed", "model_unloaded", "no_worker", "worker_lost", "draining"},
+    503: {
+        "unavailable",
+        "model_loading",
+        "model_failed",
+        "model_unloaded",
+        "no_worker",
+        "worker_lost",
+        "draining",
+        "too_many_connections",
+    },
     504: {"deadline_exceeded", "deadline_too_short"},
     507: {"out_of_device_memory"},
 }

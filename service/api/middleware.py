@@ -12,12 +12,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.connection import headers_too_large
+from service.api.parser import headers_too_large
 from service.api.problems import problem
 from service.api.record import log_request
-from service.errors import ServiceError
+from service.errors import ServiceError, TooManyConnections
 from service.workers.messages import Timings
 
+PROBES = ("/livez", "/readyz")
+RESERVE_RETRY_S = 1.0
 SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 logger = logging.getLogger(__name__)
@@ -45,17 +47,24 @@ class FrameMiddleware:
                 headers = MutableHeaders(scope=message)
                 headers["X-Content-Type-Options"] = "nosniff"
                 headers["X-Request-ID"] = state["request_id"]
+                if state.get("reserve"):
+                    headers["Connection"] = "close"
                 headers["Server-Timing"] = server_timing(state.get("timings"), time.perf_counter() - state["started"])
             await send(message)
 
-        fits = _head_bytes(scope) <= self._max_header_bytes
+        error = self._refusal(scope)
         try:
-            await (self.app if fits else problem(scope, headers_too_large(self._max_header_bytes)))(
-                scope, receive, framed
-            )
+            await (problem(scope, error) if error else self.app)(scope, receive, framed)
         finally:
             log_request(scope)
             self._count(scope)
+
+    def _refusal(self, scope: Scope) -> ServiceError | None:
+        if _head_bytes(scope) > self._max_header_bytes:
+            return headers_too_large(self._max_header_bytes)
+        if scope["state"].get("reserve") and scope["path"] not in PROBES:
+            return TooManyConnections("As many connections are open as may be.", retry_after=RESERVE_RETRY_S)
+        return None
 
 
 class DefectMiddleware:

@@ -150,11 +150,31 @@ HOSTILE: dict[str, tuple[list[bytes], int, str]] = {
     "a header without a colon": ([head("no colon")], 400, "malformed_request"),
     "NUL in a header": ([head("X-A: \0")], 400, "malformed_request"),
     "a folded header": ([head("X-A: b\r\n c: d", verb="GET", url="/livez")], 400, "malformed_request"),
+    "two hosts": ([head("Host: y", verb="GET", url="/livez")], 400, "malformed_request"),
+    "no host": ([b"GET /livez HTTP/1.1\r\nConnection: close\r\n\r\n"], 400, "malformed_request"),
+    "a line feed alone": ([b"GET /livez HTTP/1.1\nHost: x\nConnection: close\n\n"], 400, "malformed_request"),
+    "HTTP of another version": ([b"GET /livez HTTP/3.0\r\nHost: x\r\n\r\n"], 400, "malformed_request"),
     "a tunnel": ([head(verb="CONNECT", url="x:80")], 400, "malformed_request"),
     "an endless header": ([b"GET / HTTP/1.1\r\nX-A: ", *[bytes([97]) * 4096] * 100], 431, "headers_too_large"),
     "an endless line": ([b"GET /", *[bytes([97]) * 4096] * 100], 431, "headers_too_large"),
     "endless headers": ([b"GET / HTTP/1.1\r\n", *[b"a: b\r\n" * 1000] * 100], 431, "headers_too_large"),
     "a long header": ([head("X-A: " + "a" * MAX_HEADERS)], 431, "headers_too_large"),
+    "a thousand headers": ([head(*["a:"] * 1000, verb="GET", url="/livez")], 431, "headers_too_large"),
+    "endless trailers": (
+        [head("Content-Type: image/png", "Transfer-Encoding: chunked") + b"0\r\n", *[b"a: b\r\n" * 1000] * 100],
+        431,
+        "headers_too_large",
+    ),
+    "an endless chunk extension": (
+        [head("Content-Type: image/png", "Transfer-Encoding: chunked") + b"1;", *[b"a" * 4096] * 100],
+        431,
+        "headers_too_large",
+    ),
+    "chunk extensions in each chunk": (
+        [head("Content-Type: image/png", "Transfer-Encoding: chunked"), *[b"1;" + b"a" * 1000 + b"\r\na\r\n"] * 1000],
+        431,
+        "headers_too_large",
+    ),
     "a long query": ([head(verb="GET", url="/livez?" + "a" * MAX_HEADERS)], 431, "headers_too_large"),
     "a length past all numbers": ([head("Content-Length: " + "9" * 30)], 400, "malformed_request"),
     "a length that is none": ([head("Content-Length: ten")], 400, "malformed_request"),
@@ -247,6 +267,32 @@ def test_the_limits_are_told_with_their_numbers(guarded: Server) -> None:
 def test_nothing_is_upgraded(guarded: Server, lines: list[str]) -> None:
     (reply,) = ask(guarded, head(*lines, verb="GET", url="/livez"))
     assert (reply.status, reply.body) == (200, b'{"status":"alive"}')
+
+
+@pytest.mark.parametrize("upgrade", ["h2c", "websocket", "none-such"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_request_keeps_its_body_where_it_asks_for_an_upgrade(guarded: Server, upgrade: str, chunked: bool) -> None:
+    """The body is no request of its own, though it looks like one; what follows it is."""
+    inner = head(verb="GET", url="/livez", close=False)
+    length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(inner)}"
+    body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(inner), inner) if chunked else inner
+    lines = ["Connection: Upgrade, HTTP2-Settings", f"Upgrade: {upgrade}", "HTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA"]
+    request = head("Content-Type: image/png", length, *lines, close=False) + body
+    first, second = ask(guarded, request + head(verb="GET", url="/nowhere"))
+    assert (first.problem["code"], second.problem["code"]) == ("undecodable_picture", "path_not_found")
+
+
+def test_a_target_may_name_the_host(guarded: Server) -> None:
+    for target in ("http://x/livez", "HTTP://x:80/livez"):  # RFC 9112, 3.2.2
+        (reply,) = ask(guarded, head(verb="GET", url=target))
+        assert reply.status == 200
+
+
+def test_chunks_of_one_byte_are_a_body(guarded: Server) -> None:
+    chunks = b"1\r\nA\r\n" * 20_000 + b"0\r\nA-Trailer: 1\r\n\r\n"
+    request = head("Content-Type: image/png", "Transfer-Encoding: chunked", close=False)
+    first, second = ask(guarded, request + chunks + LIVE)
+    assert (first.problem["code"], second.status) == ("undecodable_picture", 200)
 
 
 # Time
@@ -351,9 +397,9 @@ def test_the_time_for_headers_is_not_that_for_answers(guarded: Server, photograp
 
 
 def test_what_follows_a_length_that_is_too_short_is_not_read(guarded: Server) -> None:
-    """It would be the next request, and is none; the first one is answered, and the connection ends."""
-    (reply,) = ask(guarded, PICTURE + b"BBBBBBBB\r\n\r\n" + LIVE)
-    assert reply.problem["code"] == "undecodable_picture"
+    """It would be the next request, and is none: the first one is answered, this is refused, and no more is read."""
+    first, second = ask(guarded, PICTURE + b"BBBBBBBB\r\n\r\n" + LIVE)
+    assert (first.problem["code"], second.problem["code"]) == ("undecodable_picture", "malformed_request")
 
 
 def test_requests_in_a_row_are_answered_in_a_row(guarded: Server) -> None:
