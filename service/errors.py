@@ -164,6 +164,10 @@ class ModelLoading(Unavailable):
     code, title = "model_loading", "The model is in its first load"
 
 
+class AnswersUnread(Unavailable):
+    code, title = "answers_unread", "Too many answers wait to be read"
+
+
 class ModelFailed(Unavailable):
     code, title = "model_failed", "The model could not be loaded"
 

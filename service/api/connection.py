@@ -12,13 +12,14 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from service.api.problems import problem
+from service.api.unread import hold_little
 from service.errors import HeadersTimeout, HeadersTooLarge, MalformedRequest, ServiceError
 from service.settings import Settings
 
 
 class BoundedConnection(HttpToolsProtocol):
     """Refuses a head (request line and headers) that is too long or too slow; bodies are bounded where they are read.
-    An answer of which nothing is read any more is given up, for it is held in memory.
+    Gives up an answer that is read too slowly, for it is held in memory: `unread` sends slices, each has a time.
 
     What no parser made a request of is answered here, since no application sees it.
     """
@@ -40,6 +41,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
+        hold_little(transport)
         self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -83,21 +85,11 @@ class BoundedConnection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_unread()
+        self._unread_timer = self.loop.call_later(self.settings.body_timeout_s, self.transport.abort)
 
     def resume_writing(self) -> None:
         self._stop_unread_timer()
         super().resume_writing()
-
-    def _watch_unread(self) -> None:
-        unread = self.transport.get_write_buffer_size()
-        self._unread_timer = self.loop.call_later(self.settings.body_timeout_s, self._on_unread, unread)
-
-    def _on_unread(self, before: int) -> None:
-        if self.transport.get_write_buffer_size() >= before:
-            self.transport.abort()
-        else:
-            self._watch_unread()
 
     def _stop_unread_timer(self) -> None:
         if self._unread_timer is not None:

@@ -8,6 +8,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from service.api import admin, catalogue, docs, health, inference, keys, metrics, openapi, problems
 from service.api.middleware import DefectMiddleware, FrameMiddleware, HeadMiddleware
 from service.api.rate import Rate
+from service.api.unread import Unread, UnreadMiddleware
 from service.dispatch.dispatcher import Dispatcher
 from service.keys import read_keys
 from service.settings import Settings
@@ -36,9 +37,11 @@ def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
             expose_headers=EXPOSED_HEADERS,
         )
     measured = metrics.Metrics(dispatcher)
+    unread = Unread(settings.max_unread_bytes)
+    app.add_middleware(UnreadMiddleware, unread=unread)
     app.add_middleware(FrameMiddleware, max_header_bytes=settings.max_header_bytes, count=measured.ended)
     app.include_router(
-        inference.create_router(dispatcher, settings, measured),
+        inference.create_router(dispatcher, settings, measured, unread),
         dependencies=[needs.predict, Depends(Rate(settings.max_rate).check)],
         responses=keys.PROBLEMS,
     )
