@@ -24,6 +24,7 @@ def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
     """
     known = read_keys(settings.api_keys_file) if settings.api_keys_file else ()
     needs = keys.Keys(known)
+    app.router.redirect_slashes = False  # the Location would be made of the client's Host header
     problems.install(app)
     openapi.install(app, open_to_all=not known)
     app.add_middleware(HeadMiddleware)
@@ -36,9 +37,9 @@ def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
             allow_headers=ALLOWED_HEADERS,
             expose_headers=EXPOSED_HEADERS,
         )
-    measured = metrics.Metrics(dispatcher)
     unread = Unread(settings.max_unread_bytes)
     app.add_middleware(UnreadMiddleware, unread=unread)
+    measured = metrics.Metrics(dispatcher)
     app.add_middleware(FrameMiddleware, max_header_bytes=settings.max_header_bytes, count=measured.ended)
     app.include_router(
         inference.create_router(dispatcher, settings, measured, unread),
