@@ -9,7 +9,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.api.fields import wrong
-from service.errors import MAX_ECHO, BodyTooLarge, MalformedBody, TooManyPictures
+from service.errors import MAX_ECHO, BodyTooLarge, MalformedBody, TooManyPictures, echo
 
 MAX_FIELD_BYTES = 64 * 1024
 PICTURE_PARTS = ("image", "images")
@@ -63,7 +63,7 @@ class _Form:
         part.filename = options[b"filename"].decode(errors="replace") if b"filename" in options else None
         if part.filename is not None and part.name not in PICTURE_PARTS:
             raise wrong(
-                f"/{part.name[:MAX_ECHO]}", "The part is a file; a file is a picture, in a part image or images."
+                f"/{part.name}"[:MAX_ECHO], "The part is a file; a file is a picture, in a part image or images."
             )
         if sum(part.filename is not None for part in self.parts) > self._max_pictures:
             raise too_many_pictures(self._max_pictures)
@@ -75,7 +75,7 @@ class _Form:
         part.chunks.append(data[start:end])
         part.size += end - start
         if part.filename is None and part.size > MAX_FIELD_BYTES:
-            raise BodyTooLarge(f"The form field {part.name[:MAX_ECHO]!r} has more than {MAX_FIELD_BYTES} bytes.")
+            raise BodyTooLarge(f"The form field {echo(part.name)} has more than {MAX_FIELD_BYTES} bytes.")
 
     def on_end(self) -> None:
         self.ended = True

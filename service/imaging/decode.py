@@ -13,7 +13,7 @@ import pybase64
 from PIL import BmpImagePlugin, Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base
 
-from service.errors import ServiceError, TooManyPixels, UndecodablePicture
+from service.errors import MAX_ECHO, ServiceError, TooManyPixels, UndecodablePicture
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -70,7 +70,9 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     except ServiceError:
         raise
     except Exception as error:
-        raise UndecodablePicture(f"The {image.format} file is damaged or cut short: {error}.") from error
+        raise UndecodablePicture(
+            f"The {image.format} file is damaged or cut short: {str(error)[:MAX_ECHO]}."
+        ) from error
     orientation = _UPRIGHT.get(_orientation(image))
     return rgb if orientation is None else rgb.transpose(orientation)
 
@@ -117,7 +119,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
             "The bytes are no JPEG, PNG, WebP, GIF, BMP or TIFF file, or its header is damaged."
         ) from error
     except Exception as error:
-        raise UndecodablePicture(f"The picture's header is damaged: {error}.") from error
+        raise UndecodablePicture(f"The picture's header is damaged: {str(error)[:MAX_ECHO]}.") from error
 
 
 def _check_jpeg(data: bytes) -> None:
