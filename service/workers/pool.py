@@ -164,6 +164,14 @@ class Pool:
         await asyncio.to_thread(_wait_or_kill, tuple(self.workers), timeout_s)
         self._folder.cleanup()
 
+    def kill(self) -> None:
+        """End every process and remove their folder at once, whatever is under way. A signal handler may call it."""
+        if self._capture:
+            self._capture.cancel()
+        for worker in self.workers:
+            worker.kill()
+            shutil.rmtree(worker.folder.parent, ignore_errors=True)
+
     async def _start_worker(self, device: str) -> None:
         entries = tuple(self._entries.values())
         try:
