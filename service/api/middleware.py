@@ -15,10 +15,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api.connection import headers_too_large
 from service.api.problems import problem
 from service.api.record import log_request
-from service.errors import ServiceError
+from service.errors import InvalidRequest, ServiceError
 from service.workers.messages import Timings
 
 SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+MAX_QUERY_FIELDS = 4096
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +50,9 @@ class FrameMiddleware:
                 headers["Server-Timing"] = server_timing(state.get("timings"), time.perf_counter() - state["started"])
             await send(message)
 
-        fits = _head_bytes(scope) <= self._max_header_bytes
+        refusal = _refusal(scope, self._max_header_bytes)
         try:
-            await (self.app if fits else problem(scope, headers_too_large(self._max_header_bytes)))(
-                scope, receive, framed
-            )
+            await (problem(scope, refusal) if refusal else self.app)(scope, receive, framed)
         finally:
             log_request(scope)
             self._count(scope)
@@ -100,6 +100,15 @@ def server_timing(timings: Timings | None, total: float) -> str:
     """The header's value: the stages that did work, then the total, in milliseconds."""
     stages = {**(vars(timings) if timings else {}), "total": total}
     return ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages.items())
+
+
+def _refusal(scope: Scope, max_header_bytes: int) -> ServiceError | None:
+    """What is wrong with a head before anything of it is parsed."""
+    if _head_bytes(scope) > max_header_bytes:
+        return headers_too_large(max_header_bytes)
+    if scope["query_string"].count(b"&") >= MAX_QUERY_FIELDS:  # tens of thousands would hold the event loop
+        return InvalidRequest(f"The query has more than {MAX_QUERY_FIELDS} fields; write a list as one JSON array.")
+    return None
 
 
 def _head_bytes(scope: Scope) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from service.api.fields import wrong
 from service.errors import MAX_ECHO, BodyTooLarge, MalformedBody, TooManyPictures, echo
 
 MAX_FIELD_BYTES = 64 * 1024
+TURN_BYTES = 32 * 1024  # parsed before other connections have a turn: small parts are slow to parse
 PICTURE_PARTS = ("image", "images")
 
 Texts = list[tuple[str, str]]
@@ -125,4 +127,6 @@ async def _parse(form: _Form, content_type: str, chunks: AsyncIterator[bytes]) -
         },
     )
     async for chunk in chunks:
-        parser.write(chunk)
+        for start in range(0, len(chunk), TURN_BYTES):
+            parser.write(chunk[start : start + TURN_BYTES])
+            await asyncio.sleep(0)

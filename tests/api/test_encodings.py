@@ -103,7 +103,7 @@ def test_content_codings_are_415(api: Api) -> None:
     [
         b"",
         b"{",
-        b"[" * 100_000,
+        b"[" * 10_000,
         b'{"alpha": NaN}',
         b'{"alpha": Infinity}',
         b"\xff",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+from collections.abc import AsyncIterator
 
 import pytest
 
 from service.api.fields import MAX_JSON_ESCAPES, MAX_JSON_VALUES
+from service.api.middleware import MAX_QUERY_FIELDS
+from service.api.multipart import TURN_BYTES, read_form
 from tests.api.support import Api, check_problem
 
 PICTURE = base64.b64encode(bytes(range(256)) * 40_000).decode()
@@ -48,3 +52,35 @@ def test_the_bound_holds_for_the_json_in_forms_and_queries(api: Api) -> None:
     text = "{" + "," * (MAX_JSON_VALUES + 1)
     response = api.post(files={"image": b"picture"}, data={"gen_params": text})
     assert str(MAX_JSON_VALUES) in check_problem(response, 422, "invalid_request")["detail"]
+
+
+def test_a_query_of_very_many_fields_is_refused_unparsed(api: Api) -> None:
+    for url in ("/models/resnet/heatmap", "/models"):
+        response = api.post(f"{url}?" + "a&" * MAX_QUERY_FIELDS, content=b"p", headers={"content-type": "image/png"})
+        assert str(MAX_QUERY_FIELDS) in check_problem(response, 422, "invalid_request")["detail"]
+    response = api.raw("target_classes=1&" * 3000)
+    assert response.status_code == 200
+
+
+def test_a_form_that_arrives_at_once_lets_others_have_their_turns() -> None:
+    """Counted in turns, not in seconds."""
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def at_once() -> AsyncIterator[bytes]:
+        head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="f"\r\n\r\n'
+        yield head + b"\r\n--" * 100_000 + b"\r\n--b--"
+
+    async def read() -> None:
+        counter = asyncio.ensure_future(count())
+        _, pictures = await read_form("multipart/form-data; boundary=b", at_once(), 1, 1)
+        counter.cancel()
+        assert len(pictures[0]) == 400_000
+
+    asyncio.run(read())
+    assert turns > 400_000 // TURN_BYTES - 2
