@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import FrameType
@@ -47,12 +48,13 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.state.dispatcher = dispatcher
+    app.state.pool = pool
     mount(app, dispatcher, settings)
     return app
 
 
 class Server(uvicorn.Server):
-    """Leaves in named steps: the first signal refuses new work and drains, then closes; the second closes at once."""
+    """Leaves in named steps: the first signal refuses new work and drains, then closes; the second ends all at once."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         config = uvicorn.Config(
@@ -71,7 +73,8 @@ class Server(uvicorn.Server):
         self._grace_s = settings.grace_s
         self._needs_key = settings.api_keys_file is not None
         self._background: list[asyncio.Future[None]] = []
-        self._draining = False
+        self._pool: Pool = app.state.pool
+        self._leaving = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def main_loop(self) -> None:
@@ -81,11 +84,17 @@ class Server(uvicorn.Server):
         await super().main_loop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """SIGTERM and SIGINT. The signal is not raised again after a drain: the server leaves with status 0."""
-        if self._draining or self._loop is None:
+        """SIGTERM and SIGINT. The signal is not raised again after a drain: the server leaves with status 0.
+
+        The second one waits for nothing, whatever step the server is in: start, drain, close or stop of the workers.
+        """
+        if self._leaving:
+            self._pool.kill()
+            os._exit(128 + sig)
+        self._leaving = True
+        if self._loop is None:  # it is still starting
             super().handle_exit(sig, frame)
             return
-        self._draining = True
         self._loop.call_soon_threadsafe(lambda: self._background.append(asyncio.ensure_future(self._drain())))
 
     async def _announce(self) -> None:

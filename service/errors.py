@@ -6,11 +6,15 @@ Errors cross the process border, so they pickle; HTTP turns them into problem+js
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# Of a wrong name so many characters are told: a client may write megabytes.
-MAX_ECHO = 100
+MAX_ECHO = 200
+"""An error or a log line shows at most this many characters of any one value that a client sent."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3  # six levels of six entries would be megabytes
 
 FORM = str.maketrans({"_": "", "-": "", " ": "", "+": "plus"})
 
@@ -164,6 +168,10 @@ class Unavailable(ServiceError):
     status, code, title = 503, "unavailable", "The service cannot take the request now"
 
 
+class AnswersUnread(Unavailable):
+    code, title = "answers_unread", "Too many answers wait to be read"
+
+
 class ModelLoading(Unavailable):
     code, title = "model_loading", "The model is in its first load"
 
@@ -208,11 +216,17 @@ class ModelLoadError(Exception):
     """A model folder cannot be served; the message is the model's `reason`."""
 
 
+def echo(value: object) -> str:
+    """The repr of what a client sent, with at most MAX_ECHO characters."""
+    return (repr(value[:MAX_ECHO]) if isinstance(value, str) else _SHORT.repr(value))[:MAX_ECHO]
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """A sentence that names the closest of `names`, or the empty string where none is close.
 
     Neither case counts nor how words are joined, and a plus may be a sign or a word.
     """
+    name = name[:MAX_ECHO]
     forms: dict[str, list[str]] = {}
     for known in dict.fromkeys(names):
         forms.setdefault(_form(known), []).append(known)

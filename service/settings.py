@@ -86,6 +86,9 @@ class Settings(BaseModel):
     max_connections: int = Field(
         800, ge=1, description="open connections; a few more are accepted to answer probes, and get 503 for all else"
     )
+    max_unread_bytes: int = Field(
+        256 * MIB, ge=1, description="bytes of all answers that are being sent; above it new work is refused"
+    )
     max_header_bytes: int = Field(64 * 1024, ge=1024, description="bytes of one request's line and headers")
     max_body_bytes: int = Field(32 * MIB, ge=1, description="bytes of one request's body")
     max_pictures: int = Field(64, ge=1, description="pictures of one request")
@@ -115,7 +118,7 @@ class Settings(BaseModel):
     body_timeout_s: float = Field(
         30.0,
         gt=0,
-        description="seconds within which the headers, and then the body, must come, and more of an answer be read",
+        description="seconds within which the headers, and then the body, must come, and 128 KiB of an answer be read",
     )
     grace_s: float = Field(30.0, ge=0, description="seconds that accepted requests get after SIGTERM")
     hang_s: float = Field(

@@ -16,6 +16,7 @@ from uvicorn.server import ServerState
 from service.api.parser import Parser
 from service.api.problems import problem
 from service.api.turns import Turns
+from service.api.unread import hold_little
 from service.errors import HeadersTimeout, ServiceError
 from service.settings import Settings
 
@@ -57,7 +58,7 @@ class Flow(FlowControl):
 
 class BoundedConnection(H11Protocol):
     """Refuses a head (request line and headers) that is too long or too slow; bodies are bounded where they are read.
-    An answer of which nothing is read any more is given up, for it is held in memory.
+    Gives up an answer that is read too slowly, for it is held in memory: `unread` sends slices, each has a time.
 
     What was read is parsed a slice at a time, and connections take turns. Nothing is parsed and little is read while
     a request is answered. What no parser made a request of is answered here, since no
@@ -85,6 +86,7 @@ class BoundedConnection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
+        hold_little(transport)
         self.flow: Flow = Flow(transport)
         if len(self.connections) - len(self.reserve) > self.settings.max_connections:
             self._enter_reserve()
@@ -165,21 +167,11 @@ class BoundedConnection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_unread()
+        self._unread_timer = self.loop.call_later(self.settings.body_timeout_s, self.transport.abort)
 
     def resume_writing(self) -> None:
         self._stop_unread_timer()
         super().resume_writing()
-
-    def _watch_unread(self) -> None:
-        unread = self.transport.get_write_buffer_size()
-        self._unread_timer = self.loop.call_later(self.settings.body_timeout_s, self._on_unread, unread)
-
-    def _on_unread(self, before: int) -> None:
-        if self.transport.get_write_buffer_size() >= before:
-            self.transport.abort()
-        else:
-            self._watch_unread()
 
     def _stop_unread_timer(self) -> None:
         if self._unread_timer is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -11,10 +10,12 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from service.api.schemas import HeatmapFields, InferFields
-from service.errors import MAX_ECHO, FieldError, InvalidRequest, nearest
+from service.errors import MAX_ECHO, FieldError, InvalidRequest, echo, nearest
 
 MAX_ERRORS = 10
 MAX_DIGITS = 15
+MAX_JSON_VALUES = 50_000
+MAX_JSON_ESCAPES = 1_000_000
 MAX_DEPTH = 200  # pydantic's JSON reader goes no deeper
 
 # What else might be taken for a field: the parameters of grad_cam, HALCON's among them, each with a value.
@@ -39,7 +40,7 @@ def wrong(pointer: str, detail: str) -> InvalidRequest:
 def invalid(problems: Sequence[Mapping[str, Any]], values: object) -> InvalidRequest:
     """Pydantic's findings about `values` as one error with JSON pointers."""
     found = tuple(
-        FieldError(_pointer(problem["loc"], values), f"{problem['msg']}; got {reprlib.repr(problem['input'])}.")
+        FieldError(_pointer(problem["loc"], values), f"{problem['msg']}; got {echo(problem['input'])}.")
         for problem in problems[:MAX_ERRORS]
     )
     return InvalidRequest(" ".join(f"{error.pointer}: {error.detail}" for error in found), errors=found)
@@ -74,7 +75,7 @@ def check_names(query: Iterable[tuple[str, str]], known: Sequence[str]) -> None:
         texts.setdefault(name, []).append(text)
     unknown = [name for name in texts if name not in known]
     if unknown and not known:
-        raise wrong(_pointer(unknown[:1], texts)[:MAX_ECHO], "There is no such field; the path takes none.")
+        raise wrong(_pointer(unknown[:1], texts), "There is no such field; the path takes none.")
     if unknown:
         raise _unknown_fields(unknown, known)
     for name, given in texts.items():
@@ -90,7 +91,7 @@ def merge(query: Mapping[str, object], body: Mapping[str, object]) -> dict[str, 
 
 def _unknown_fields(unknown: Sequence[str], known: Sequence[str]) -> InvalidRequest:
     found = tuple(
-        FieldError(_pointer((name,), {name: None})[:MAX_ECHO], f"There is no such field.{_meant(name, known)}")
+        FieldError(_pointer((name,), {name: None}), f"There is no such field.{_meant(name, known)}")
         for name in unknown[:MAX_ERRORS]
     )
     detail = " ".join(f"{error.pointer}: {error.detail}" for error in found)
@@ -100,18 +101,21 @@ def _unknown_fields(unknown: Sequence[str], known: Sequence[str]) -> InvalidRequ
 def _meant(name: str, known: Sequence[str]) -> str:
     if name in PARAMETERS and "gen_params" in known:
         return f" It is a member of the field gen_params, such as {json.dumps({name: PARAMETERS[name]})}."
-    return nearest(name[:MAX_ECHO], known)
+    return nearest(name, known)
 
 
 def _pointer(location: Iterable[int | str], values: object) -> str:
-    """A JSON pointer into `values`. Pydantic's names of union branches are no keys there and fall out."""
+    """A JSON pointer into `values`. Pydantic's names of union branches are no keys there and fall out.
+
+    It is cut to MAX_ECHO characters.
+    """
     pointer, here = "", values
     for step in location:
         keys: Any = here if isinstance(here, Mapping) else range(len(here)) if isinstance(here, list) else ()
         if step in keys:
             here = cast(Any, here)[step]
-            pointer += "/" + str(step).replace("~", "~0").replace("/", "~1")
-    return pointer
+            pointer += "/" + str(step)[:MAX_ECHO].replace("~", "~0").replace("/", "~1")
+    return pointer[:MAX_ECHO]
 
 
 def _single(name: str, texts: list[str]) -> str:
@@ -151,6 +155,27 @@ def _class_of(text: str) -> int | str:
     return int(text) if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS else text
 
 
+class Shape:
+    """Counts what makes JSON slow to parse while it arrives, for the parser holds the event loop.
+
+    Every value follows a comma, a colon or an opening bracket. Base64 has none of them, and no backslash; but some
+    clients write its slashes as two characters, which are one in 64 of its characters.
+    """
+
+    def __init__(self) -> None:
+        self._values = self._escapes = 0
+
+    def add(self, chunk: bytes) -> None:
+        """Raises InvalidRequest where there are too many."""
+        self._values += sum(map(chunk.count, b",:[{"))
+        self._escapes += chunk.count(b"\\")
+        if self._values > MAX_JSON_VALUES:
+            limit = f"{MAX_JSON_VALUES} commas, colons and opening brackets"
+            raise InvalidRequest(f"The JSON has more than {limit}; send fewer values.")
+        if self._escapes > MAX_JSON_ESCAPES:
+            raise InvalidRequest(f"The JSON has more than {MAX_JSON_ESCAPES} backslashes; send its texts unescaped.")
+
+
 def read_json(text: str | bytes) -> Any:
     """The value that a JSON text has. Raises ValueError, which says where it breaks off, or how deep it may be."""
     try:
@@ -160,6 +185,7 @@ def read_json(text: str | bytes) -> Any:
 
 
 def _json(name: str, text: str, hint: str) -> Any:
+    Shape().add(text.encode(errors="replace"))
     try:
         return read_json(text)
     except ValueError as error:

@@ -18,8 +18,10 @@ from service.api.negotiation import JSON, choose, choose_json
 from service.api.requests import count_heatmaps, heatmap_request, infer_request, targets_of
 from service.api.responses import HeatmapAnswer, InferAnswer
 from service.api.schemas import HeatmapFields, InferFields
+from service.api.unread import Unread
 from service.dispatch.dispatcher import Dispatcher, deadline_exceeded
 from service.errors import (
+    AnswersUnread,
     BodyTimeout,
     BodyTooLarge,
     DeadlineExceeded,
@@ -72,6 +74,7 @@ INFER_PROBLEMS: tuple[type[ServiceError], ...] = (
     QueueFull,
     RateLimited,
     ServiceError,
+    AnswersUnread,
     ModelLoading,
     ModelFailed,
     ModelUnloaded,
@@ -85,7 +88,7 @@ INFER_PROBLEMS: tuple[type[ServiceError], ...] = (
 HEATMAP_PROBLEMS = (*INFER_PROBLEMS, UnknownMethod, UnknownLayer, UnknownClass, InvalidGenParams)
 
 
-def create_router(dispatcher: Dispatcher, settings: Settings, metrics: Metrics) -> APIRouter:
+def create_router(dispatcher: Dispatcher, settings: Settings, metrics: Metrics, unread: Unread) -> APIRouter:
     """`POST /models/{id}/heatmap` and `POST /models/{id}/infer`."""
     router = APIRouter(tags=["inference"])
     arrivals = Arrivals(settings.max_queue_bytes)
@@ -96,6 +99,7 @@ def create_router(dispatcher: Dispatcher, settings: Settings, metrics: Metrics) 
         left = deadline - (time.perf_counter() - request.state.started)
         if left <= 0:
             raise deadline_exceeded(deadline)
+        unread.check()
         try:
             answer = await unless_gone(request.receive, dispatcher.explain(work, size_bytes, left))
         except DeadlineTooShort:

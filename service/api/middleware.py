@@ -15,12 +15,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api.parser import headers_too_large
 from service.api.problems import problem
 from service.api.record import log_request
-from service.errors import ServiceError, TooManyConnections
+from service.errors import InvalidRequest, ServiceError, TooManyConnections
 from service.workers.messages import Timings
 
 PROBES = ("/livez", "/readyz")
 RESERVE_RETRY_S = 1.0
 SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+MAX_QUERY_FIELDS = 4096
 
 logger = logging.getLogger(__name__)
 
@@ -52,16 +54,19 @@ class FrameMiddleware:
                 headers["Server-Timing"] = server_timing(state.get("timings"), time.perf_counter() - state["started"])
             await send(message)
 
-        error = self._refusal(scope)
+        refusal = self._refusal(scope)
         try:
-            await (problem(scope, error) if error else self.app)(scope, receive, framed)
+            await (problem(scope, refusal) if refusal else self.app)(scope, receive, framed)
         finally:
             log_request(scope)
             self._count(scope)
 
     def _refusal(self, scope: Scope) -> ServiceError | None:
+        """Why a request is answered before anything of its head is looked into."""
         if _head_bytes(scope) > self._max_header_bytes:
             return headers_too_large(self._max_header_bytes)
+        if scope["query_string"].count(b"&") >= MAX_QUERY_FIELDS:  # tens of thousands would hold the event loop
+            return InvalidRequest(f"The query has more than {MAX_QUERY_FIELDS} fields; write a list as one JSON array.")
         if scope["state"].get("reserve") and scope["path"] not in PROBES:
             return TooManyConnections("As many connections are open as may be.", retry_after=RESERVE_RETRY_S)
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -9,9 +10,10 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.api.fields import wrong
-from service.errors import MAX_ECHO, BodyTooLarge, MalformedBody, TooManyPictures
+from service.errors import MAX_ECHO, BodyTooLarge, MalformedBody, TooManyPictures, echo
 
 MAX_FIELD_BYTES = 64 * 1024
+TURN_BYTES = 32 * 1024  # parsed before other connections have a turn: small parts are slow to parse
 PICTURE_PARTS = ("image", "images")
 
 Texts = list[tuple[str, str]]
@@ -63,7 +65,7 @@ class _Form:
         part.filename = options[b"filename"].decode(errors="replace") if b"filename" in options else None
         if part.filename is not None and part.name not in PICTURE_PARTS:
             raise wrong(
-                f"/{part.name[:MAX_ECHO]}", "The part is a file; a file is a picture, in a part image or images."
+                f"/{part.name}"[:MAX_ECHO], "The part is a file; a file is a picture, in a part image or images."
             )
         if sum(part.filename is not None for part in self.parts) > self._max_pictures:
             raise too_many_pictures(self._max_pictures)
@@ -75,7 +77,7 @@ class _Form:
         part.chunks.append(data[start:end])
         part.size += end - start
         if part.filename is None and part.size > MAX_FIELD_BYTES:
-            raise BodyTooLarge(f"The form field {part.name[:MAX_ECHO]!r} has more than {MAX_FIELD_BYTES} bytes.")
+            raise BodyTooLarge(f"The form field {echo(part.name)} has more than {MAX_FIELD_BYTES} bytes.")
 
     def on_end(self) -> None:
         self.ended = True
@@ -125,4 +127,6 @@ async def _parse(form: _Form, content_type: str, chunks: AsyncIterator[bytes]) -
         },
     )
     async for chunk in chunks:
-        parser.write(chunk)
+        for start in range(0, len(chunk), TURN_BYTES):
+            parser.write(chunk[start : start + TURN_BYTES])
+            await asyncio.sleep(0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from service.api.schemas import HeatmapFields, InferFields
-from service.errors import NotAcceptable
+from service.errors import MAX_ECHO, NotAcceptable
 from service.imaging.render import Encoding, Format
 
 JSON = "application/json"
 NPY = "application/x-npy"
 ENCODINGS: dict[str, Encoding] = {"image/png": "png", "image/webp": "webp", "image/jpeg": "jpeg"}
 SINGLE = (*ENCODINGS, NPY)
+MAX_RANGES = 100  # a header of 64 KB may have thousands, each compared with each offer
 GREY: tuple[Format, ...] = ("gray", "gray16")
 
 
@@ -29,7 +30,9 @@ def acceptable(accept: str | None, offers: tuple[str, ...]) -> list[str]:
 
     The most specific range that matches an offer decides its quality (RFC 9110, 12.5.1); no header takes all.
     """
-    ranges = [_range(part) for part in (accept or "").split(",") if part.strip()] or [("*/*", 1.0)]
+    ranges = [_range(part) for part in (accept or "").split(",", MAX_RANGES)[:MAX_RANGES] if part.strip()] or [
+        ("*/*", 1.0)
+    ]
     quality = {offer: _quality(offer, ranges) for offer in offers}
     return sorted((offer for offer in offers if quality[offer] > 0), key=lambda offer: -quality[offer])
 
@@ -37,14 +40,14 @@ def acceptable(accept: str | None, offers: tuple[str, ...]) -> list[str]:
 def choose_json(accept: str | None) -> None:
     """For answers that are JSON alone. Raises NotAcceptable where Accept excludes it."""
     if not acceptable(accept, (JSON,)):
-        raise NotAcceptable(f"The answer is {JSON}, which Accept: {accept} excludes.")
+        raise NotAcceptable(f"The answer is {JSON}, which Accept: {(accept or '')[:MAX_ECHO]} excludes.")
 
 
 def choose(accept: str | None, fields: HeatmapFields, heatmaps: int) -> Choice:
     """How to answer a request for so many heatmaps. Raises NotAcceptable, which says what stands against it."""
     wanted = acceptable(accept, (JSON, *SINGLE))
     if not wanted:
-        raise NotAcceptable(f"Accept: {accept} takes none of {JSON}, {', '.join(SINGLE)}.")
+        raise NotAcceptable(f"Accept: {(accept or '')[:MAX_ECHO]} takes none of {JSON}, {', '.join(SINGLE)}.")
     conflicts = [_conflict(media_type, fields, heatmaps) for media_type in wanted]
     for media_type, conflict in zip(wanted, conflicts, strict=True):
         if conflict is None:

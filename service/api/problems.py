@@ -17,10 +17,9 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from service.api.fields import invalid
-from service.errors import BodyTimeout, MethodNotAllowed, PathNotFound, ServiceError, nearest
+from service.errors import MAX_ECHO, BodyTimeout, MethodNotAllowed, PathNotFound, ServiceError, echo, nearest
 
 MEDIA_TYPE = "application/problem+json"
-MAX_PATH = 200
 
 
 def install(app: FastAPI) -> None:
@@ -53,12 +52,17 @@ def _response(
         "title": title,
         "status": status,
         "detail": detail,
-        "instance": quote(scope["path"], errors="replace"),
+        "instance": shown_path(scope),
         "code": code,
         "request_id": scope["state"]["request_id"],
         **more,
     }
     return Response(json.dumps(document).encode(), status, headers, MEDIA_TYPE)
+
+
+def shown_path(scope: Scope) -> str:
+    """The path as a URI reference, cut to MAX_ECHO characters, but not within an escape."""
+    return re.sub("%.?$", "", quote(scope["path"][:MAX_ECHO], errors="replace")[:MAX_ECHO])
 
 
 async def _on_service_error(request: Request, error: Exception) -> Response:
@@ -82,7 +86,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         if "Allow" in headers:
             headers["Allow"] = _with_head(headers["Allow"])
         detail = (
-            f"{request.method} is not for {request.url.path[:MAX_PATH]}; it takes {headers.get('Allow', 'others')}."
+            f"{request.method[:MAX_ECHO]} is not for {shown_path(request.scope)}; "
+            f"it takes {headers.get('Allow', 'others')}."
         )
         response = problem(request.scope, MethodNotAllowed(detail))
         response.headers.update(headers)
@@ -98,6 +103,6 @@ def _with_head(allow: str) -> str:
 
 
 def _path_not_found(request: Request) -> PathNotFound:
-    path = request.scope["path"][:MAX_PATH]
+    path = request.scope["path"]
     hint = nearest(path, request.app.openapi()["paths"])
-    return PathNotFound(f"There is no path {path!r}; /openapi.json lists them all.{hint}")
+    return PathNotFound(f"There is no path {echo(path)}; /openapi.json lists them all.{hint}")

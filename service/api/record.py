@@ -6,17 +6,16 @@ import logging
 import time
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import quote
 
 from starlette.types import Scope
 
+from service.api.problems import shown_path
 from service.errors import MAX_ECHO, DeadlineExceeded, OutOfDeviceMemory, ServiceError, WorkerLost
 from service.workers.messages import Timings
 
 QUIET = ("/livez", "/readyz", "/metrics")
 """What is asked every few seconds, and logged at debug."""
 FAILURES = {kind.code for kind in (ServiceError, WorkerLost, OutOfDeviceMemory)}
-MAX_PATH = 200
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +41,11 @@ def outcome(state: Mapping[str, Any]) -> str:
     return "failed" if code in FAILURES else "refused"
 
 
+def _ascii(text: str) -> str:
+    """What a client wrote, cut to MAX_ECHO characters after the escapes."""
+    return text.encode("ascii", "backslashreplace").decode()[:MAX_ECHO]
+
+
 def _fields(scope: Scope) -> dict[str, object]:
     state = scope["state"]
     status, code = state.get("status"), state.get("code")
@@ -50,10 +54,10 @@ def _fields(scope: Scope) -> dict[str, object]:
     model = scope.get("path_params", {}).get("id")
     return {
         "request_id": state["request_id"],
-        "method": scope["method"][:MAX_ECHO],
-        "path": quote(scope["path"], errors="replace")[:MAX_PATH],
-        "model": model and model[:MAX_ECHO],
-        "methods": [name[:MAX_ECHO] for name in state.get("methods", ())] or None,
+        "method": _ascii(scope["method"]),
+        "path": shown_path(scope),
+        "model": model and _ascii(model),
+        "methods": [_ascii(name) for name in state.get("methods", ())] or None,
         "pictures": state.get("pictures"),
         "status": status,
         "code": code,

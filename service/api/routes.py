@@ -8,6 +8,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from service.api import admin, catalogue, docs, health, inference, keys, metrics, openapi, problems
 from service.api.middleware import DefectMiddleware, FrameMiddleware, HeadMiddleware
 from service.api.rate import Rate
+from service.api.unread import Unread, UnreadMiddleware
 from service.dispatch.dispatcher import Dispatcher
 from service.keys import read_keys
 from service.settings import Settings
@@ -23,6 +24,7 @@ def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
     """
     known = read_keys(settings.api_keys_file) if settings.api_keys_file else ()
     needs = keys.Keys(known)
+    app.router.redirect_slashes = False  # the Location would be made of the client's Host header
     problems.install(app)
     openapi.install(app, open_to_all=not known)
     app.add_middleware(HeadMiddleware)
@@ -35,10 +37,12 @@ def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
             allow_headers=ALLOWED_HEADERS,
             expose_headers=EXPOSED_HEADERS,
         )
+    unread = Unread(settings.max_unread_bytes)
+    app.add_middleware(UnreadMiddleware, unread=unread)
     measured = metrics.Metrics(dispatcher)
     app.add_middleware(FrameMiddleware, max_header_bytes=settings.max_header_bytes, count=measured.ended)
     app.include_router(
-        inference.create_router(dispatcher, settings, measured),
+        inference.create_router(dispatcher, settings, measured, unread),
         dependencies=[needs.predict, Depends(Rate(settings.max_rate).check)],
         responses=keys.PROBLEMS,
     )

@@ -28,6 +28,7 @@ from service.errors import (
     NoWorker,
     ServiceError,
     WorkerLost,
+    echo,
     nearest,
 )
 from service.settings import Settings
@@ -78,7 +79,7 @@ class Dispatcher:
             return self._pool.models[model_id]
         except KeyError:
             hint = nearest(model_id, self._pool.models)
-            raise ModelNotFound(f"There is no model {model_id!r}; GET /models lists them.{hint}") from None
+            raise ModelNotFound(f"There is no model {echo(model_id)}; GET /models lists them.{hint}") from None
 
     def loaded(self, model_id: str) -> ModelInfo:
         """One model that was loaded. Raises ModelNotFound, ModelTypeNotSupported, ModelFailed or ModelLoading."""

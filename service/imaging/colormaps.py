@@ -7,7 +7,7 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import InvalidRequest, nearest
+from service.errors import InvalidRequest, echo, nearest
 
 # Full names in the library cmap, which logs a warning for a short name that several collections bear.
 _SOURCES = {
@@ -34,7 +34,7 @@ def colour_table(name: str) -> NDArray[np.uint8]:
     """The colours of 0, 1/255, ... 1: read-only uint8 (256, 3). Raises InvalidRequest for a name not in COLORMAPS."""
     if name not in _SOURCES:
         raise InvalidRequest(
-            f"There is no colormap {name!r}; there are {', '.join(COLORMAPS)}.{nearest(name, COLORMAPS)}"
+            f"There is no colormap {echo(name)}; there are {', '.join(COLORMAPS)}.{nearest(name, COLORMAPS)}"
         )
     import cmap  # here, because the server needs the names alone
 

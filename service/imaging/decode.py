@@ -13,7 +13,7 @@ import pybase64
 from PIL import BmpImagePlugin, Image, ImageCms, UnidentifiedImageError
 from PIL.ExifTags import Base
 
-from service.errors import ServiceError, TooManyPixels, UndecodablePicture
+from service.errors import MAX_ECHO, ServiceError, TooManyPixels, UndecodablePicture
 from service.imaging.price import RUN_LENGTH, decode_seconds, tile_size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -95,7 +95,7 @@ def open_picture(data: bytes, max_pixels: int) -> Opened:
 
 
 def _damaged(image: Image.Image, error: Exception) -> UndecodablePicture:
-    return UndecodablePicture(f"The {image.format} file is damaged or cut short: {error}.")
+    return UndecodablePicture(f"The {image.format} file is damaged or cut short: {str(error)[:MAX_ECHO]}.")
 
 
 def decode_base64(text: str) -> bytes:
@@ -140,7 +140,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
             "The bytes are no JPEG, PNG, WebP, GIF, BMP or TIFF file, or its header is damaged."
         ) from error
     except Exception as error:
-        raise UndecodablePicture(f"The picture's header is damaged: {error}.") from error
+        raise UndecodablePicture(f"The picture's header is damaged: {str(error)[:MAX_ECHO]}.") from error
 
 
 def _check_exif(data: bytes) -> None:

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx
 
-from service.errors import MAX_ECHO, InvalidGenParams, UnknownLayer, nearest
+from service.errors import InvalidGenParams, UnknownLayer, echo, nearest
 from service.models.grids import BATCH_NORMS, CONVOLUTIONS, Grid, propose_grids
 from service.models.places import find_places
 from service.models.program import Program, gradients_of, is_size
@@ -154,9 +154,8 @@ class LayerTable:
         path, _, call = name.rpartition("@")
         if call.isdecimal() and len(call) < MAX_DIGITS and (path, int(call)) in self._calls:
             return self._row(path, int(call), name)
-        name = name[:MAX_ECHO]
         hint = nearest(name, (row.name for row in self._targets()))
-        raise UnknownLayer(f"The network has no layer {name!r}; GET /models/<id>/layers lists them.{hint}")
+        raise UnknownLayer(f"The network has no layer {echo(name)}; GET /models/<id>/layers lists them.{hint}")
 
     def _targets(self) -> list[Layer]:
         return [row for row in self.rows if row.grid is not None]

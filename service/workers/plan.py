@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from service.errors import (
     MethodNotSupported,
     UnknownClass,
     UnknownMethod,
+    echo,
     nearest,
 )
 from service.explain.method import REGISTRY, CamParams, GenParams, LayerParams, Method
@@ -61,7 +61,7 @@ def make_plan(request: ExplainRequest, model: Model) -> Plan:
 
 def _method(name: str, pointer: str) -> Method:
     if name not in REGISTRY:
-        detail = f"There is no method {name!r}; GET /methods lists them.{nearest(name, REGISTRY)}"
+        detail = f"There is no method {echo(name)}; GET /methods lists them.{nearest(name, REGISTRY)}"
         raise UnknownMethod(detail, errors=(FieldError(pointer, detail),))
     return REGISTRY[name]
 
@@ -115,7 +115,7 @@ def _own_params(method: Method, gen_params: Mapping[str, object], asked: list[Me
         raise _wrong(f"gen_params has parameters for {key!r}, which is not among the methods asked for.", key)
     own = gen_params.get(method.name, {})
     if not isinstance(own, Mapping):
-        raise _wrong(f"The parameters of {method.name!r} alone are an object, not {reprlib.repr(own)}.", method.name)
+        raise _wrong(f"The parameters of {method.name!r} alone are an object, not {echo(own)}.", method.name)
     return {**common, **own}
 
 
@@ -125,14 +125,14 @@ def _validated(method: Method, gen_params: Mapping[str, object], asked: list[Met
     except ValidationError as error:
         problem = error.errors()[0]
         key = str(problem["loc"][0])
-        path = tuple(step[:MAX_ECHO] for step in _path(method, gen_params, key))
+        path = _path(method, gen_params, key)
         if problem["type"] != "extra_forbidden":
-            detail = f"{key!r} of {method.name}: {problem['msg']}, got {reprlib.repr(problem['input'])}."
+            detail = f"{key!r} of {method.name}: {problem['msg']}, got {echo(problem['input'])}."
             raise _wrong(detail, *path) from None
         known = method.Params.model_fields
         may_be_method = len(path) == 1 and isinstance(problem["input"], Mapping)
-        hint = _takers(key, asked) or nearest(key[:MAX_ECHO], (*known, *REGISTRY) if may_be_method else known)
-        detail = f"{method.name} takes no parameter {key[:MAX_ECHO]!r}, but {', '.join(known)}.{hint}"
+        hint = _takers(key, asked) or nearest(key, (*known, *REGISTRY) if may_be_method else known)
+        detail = f"{method.name} takes no parameter {echo(key)}, but {', '.join(known)}.{hint}"
         raise _wrong(detail, *path) from None
 
 
@@ -150,8 +150,8 @@ def _path(method: Method, gen_params: Mapping[str, object], key: str) -> tuple[s
 
 
 def _blame(detail: str, *path: str) -> FieldError:
-    steps = (step.replace("~", "~0").replace("/", "~1") for step in path)
-    return FieldError("/".join(("/gen_params", *steps)), detail)
+    steps = (step[:MAX_ECHO].replace("~", "~0").replace("/", "~1") for step in path)
+    return FieldError("/".join(("/gen_params", *steps))[:MAX_ECHO], detail)
 
 
 def _wrong(detail: str, *path: str) -> InvalidGenParams:
@@ -167,9 +167,9 @@ def _class_id(reference: ClassRef, model: Model) -> int:
     if len(found) == 1:
         return found[0]
     if found:
-        raise _unknown_class(f"The name {reference!r} belongs to the classes {found}; give the id of one of them.")
+        raise _unknown_class(f"The name {echo(reference)} belongs to the classes {found}; give the id of one of them.")
     hint = nearest(reference, model.labels)
-    raise _unknown_class(f"The model has no class {reference!r}; GET /models/<id>/classes lists them.{hint}")
+    raise _unknown_class(f"The model has no class {echo(reference)}; GET /models/<id>/classes lists them.{hint}")
 
 
 def _unknown_class(detail: str) -> UnknownClass:

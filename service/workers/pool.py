@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from service.errors import ModelNotFound, nearest
+from service.errors import ModelNotFound, echo, nearest
 from service.models.repository import Entry, scan
 from service.settings import Settings, SettingsError
 from service.workers.messages import (
@@ -107,7 +107,7 @@ class Pool:
             entries = await asyncio.to_thread(self._scan)
             if model_id not in entries:
                 hint = nearest(model_id, entries)
-                raise ModelNotFound(f"The repository has no folder {model_id!r}.{hint}")
+                raise ModelNotFound(f"The repository has no folder {echo(model_id)}.{hint}")
             if model_id not in self.models or self.models[model_id].state != "ready":
                 known = {**self.models, model_id: ModelInfo(model_id, state="loading")}
                 self.models = dict(sorted(known.items()))
@@ -170,6 +170,14 @@ class Pool:
             worker.stop()
         await asyncio.to_thread(_wait_or_kill, tuple(self.workers), timeout_s)
         self._folder.cleanup()
+
+    def kill(self) -> None:
+        """End every process and remove their folder at once, whatever is under way. A signal handler may call it."""
+        if self._capture:
+            self._capture.cancel()
+        for worker in self.workers:
+            worker.kill()
+            shutil.rmtree(worker.folder.parent, ignore_errors=True)
 
     async def _start_worker(self, device: str) -> None:
         entries = tuple(self._entries.values())

@@ -160,6 +160,11 @@ class Worker:
         if job_id in self.jobs:
             self._outbox.put(Cancel(job_id))
 
+    def kill(self) -> None:
+        """End the process, where there is one."""
+        if self.process.pid is not None:
+            self.process.kill()
+
     def stop(self) -> None:
         self._outbox.put(Stop())
 

@@ -103,7 +103,7 @@ def test_content_codings_are_415(api: Api) -> None:
     [
         b"",
         b"{",
-        b"[" * 100_000,
+        b"[" * 10_000,
         b'{"alpha": NaN}',
         b'{"alpha": Infinity}',
         b"\xff",
@@ -310,7 +310,7 @@ def test_json_nests_two_hundred_deep_everywhere(api: Api, opening: str) -> None:
 
 def test_more_json_values_than_the_limit_are_told(api: Api) -> None:
     response = api.post(content="[" + "0," * 100_001 + "0]", headers={"content-type": "application/json"})
-    assert "100000 JSON values" in check_problem(response, 422, "invalid_request")["detail"]
+    assert "50000 commas" in check_problem(response, 422, "invalid_request")["detail"]
 
 
 def test_parts_over_the_limit_are_413() -> None:

@@ -114,3 +114,9 @@ def test_predictions_are_json_alone() -> None:
 )
 def test_dl_result_lists_all_classes_unless_told(values: dict[str, Any], expected: int) -> None:
     assert top_k(fields(**values)) == expected
+
+
+def test_only_the_first_ranges_of_a_long_accept_header_are_read() -> None:
+    assert acceptable(
+        ",".join(["text/html"] * 99 + ["image/png"] + ["*/*"] * 9000), ("application/json", "image/png")
+    ) == ["image/png"]

@@ -179,3 +179,32 @@ def test_sigkill_of_the_server_takes_the_workers_along(mortal: Server, chelsea: 
 
 def alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def accepted(server: Server) -> bool:
+    with server.client() as client:
+        return "heatmap_queue_requests 1.0" in client.get("/metrics").text
+
+
+@pytest.mark.parametrize("step", ["start", "drain", "stop"])
+def test_a_second_sigterm_ends_all_at_once(tmp_path: Path, chelsea: bytes, step: str) -> None:
+    write_tiny(tmp_path / "models" / "tiny")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    options = ["--models", str(tmp_path / "models"), "--grace-s", "0" if step == "stop" else "60"]
+    ready = step != "start"
+    with running(tmp_path, *options, ready=ready, TMPDIR=str(temporary)) as server, ThreadPoolExecutor(1) as pool:
+        if ready:
+            pool.submit(explain_slowly, server, chelsea)  # its worker is busy: it is not answered, or stops late
+            wait_until(lambda: accepted(server), 10, server)
+        family = server.family()
+        server.signal(signal.SIGTERM)
+        if step == "stop":
+            wait_until(lambda: "Waiting for application shutdown" in server.log.read_text(), 10, server)
+        elif ready:
+            with server.client() as client:
+                wait_until(lambda: client.get("/readyz").status_code == 503, 5, server)
+        server.signal(signal.SIGTERM)
+        assert server.wait_exit(timeout_s=4) == 128 + signal.SIGTERM
+        wait_until(lambda: not any(alive(process) for process in family), 10, server)
+    assert not list(temporary.glob("heatmap-service-*"))

@@ -1,0 +1,123 @@
+"""Answers that are read slowly, over real sockets with the server's own connection class."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from starlette.responses import Response, StreamingResponse
+
+from service.api.connection import bounded_connection
+from service.api.unread import SLICE_BYTES, Unread
+from service.errors import AnswersUnread
+from service.settings import Settings
+from tests.api.support import StandIn, make_app
+from tests.server import wait_until
+
+LARGE = 12 * 2**20
+WAIT_S = 1.0
+
+
+@contextmanager
+def serving(**settings: Any) -> Iterator[int]:
+    """The API with two large answers beside it; yields its port."""
+    given = Settings(body_timeout_s=WAIT_S, **settings)
+    app = make_app(StandIn(), given)
+
+    @app.get("/whole")
+    async def whole() -> Response:
+        return Response(b"w" * LARGE)
+
+    @app.get("/streamed")
+    async def streamed() -> Response:
+        async def parts() -> AsyncIterator[bytes]:
+            for _ in range(LARGE // 2**20):
+                yield b"s" * 2**20
+
+        return StreamingResponse(parts(), headers={"content-length": str(LARGE)})
+
+    door = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, http=bounded_connection(given), ws="none", log_config=None, lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=asyncio.run, args=(server.serve([door]),))
+    thread.start()
+    try:
+        yield door.getsockname()[1]
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join()
+
+
+def ask_unread(port: int, path: str = "/whole") -> socket.socket:
+    """A client that asks and does not read; its own buffer is small."""
+    one = socket.socket()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    one.settimeout(20)
+    one.connect(("127.0.0.1", port))
+    one.sendall(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+    return one
+
+
+def post(port: int) -> httpx.Response:
+    url = f"http://127.0.0.1:{port}/models/resnet/heatmap"
+    return httpx.post(url, content=b"picture", headers={"content-type": "image/png"})
+
+
+@pytest.mark.parametrize("path", ["/whole", "/streamed"])
+def test_new_work_is_refused_while_answers_wait_to_be_read_and_taken_afterwards(path: str) -> None:
+    with serving(max_unread_bytes=LARGE - 1) as port:
+        assert post(port).status_code == 200
+        with ask_unread(port, path):
+            wait_until(lambda: post(port).status_code == 503, 10)
+            refused = post(port)
+            if refused.status_code == 503:
+                assert refused.json()["code"] == "answers_unread"
+                assert int(refused.headers["retry-after"]) >= 1
+        wait_until(lambda: post(port).status_code == 200, 10)
+
+
+@pytest.mark.parametrize("path", ["/whole", "/streamed"])
+def test_an_answer_that_is_read_in_drops_is_aborted(path: str) -> None:
+    """Some progress is not enough: what is left would stay in memory for days."""
+    received = 0
+
+    def drop_by_drop() -> bool:
+        nonlocal received
+        received += len(slow.recv(2048))
+        return post(port).status_code == 200
+
+    with serving(max_unread_bytes=LARGE - 1) as port, ask_unread(port, path) as slow:
+        wait_until(lambda: post(port).status_code == 503, 10)
+        wait_until(drop_by_drop, 20 * WAIT_S)
+    assert 0 < received < LARGE
+
+
+@pytest.mark.parametrize("path", ["/whole", "/streamed"])
+def test_an_answer_that_is_read_steadily_arrives_whole(path: str) -> None:
+    """Also where it takes much longer than one slice may."""
+    with serving(max_unread_bytes=LARGE) as port, ask_unread(port, path) as steady:
+        steady.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        began, received = time.monotonic(), bytearray()
+        while b"\r\n\r\n" not in received or len(received.partition(b"\r\n\r\n")[2]) < LARGE:
+            data = steady.recv(2**20)
+            assert data, len(received)
+            received += data
+            time.sleep(0.0 if time.monotonic() - began > 2.5 * WAIT_S else len(data) / (4 * SLICE_BYTES) * WAIT_S)
+        assert received.partition(b"\r\n\r\n")[2] == path[1:2].encode() * LARGE
+
+
+def test_the_bound_counts_all_answers_together() -> None:
+    unread = Unread(limit=10)
+    unread.size += 10
+    unread.check()
+    unread.size += 1
+    with pytest.raises(AnswersUnread, match="more than 10 bytes"):
+        unread.check()
