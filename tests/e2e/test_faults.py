@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +24,9 @@ RECOVERY_S = 100.0  # ten times the target: the machines that run tests are shar
 @pytest.fixture(scope="module")
 def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of the embedded model whose workers may be killed."""
-    with running(tmp_path_factory.mktemp("victim")) as server:
+    folder = tmp_path_factory.mktemp("victim")
+    (folder / "temporary").mkdir()
+    with running(folder, TMPDIR=str(folder / "temporary")) as server:
         yield server
 
 
@@ -121,8 +122,8 @@ def test_the_process_that_workers_are_forked_from_may_die_too(victim: Server, ch
 
 def serves(process: psutil.Process, server: Server) -> bool:
     """Whether this is a worker of that server, found by its temporary folder, whoever its parent is."""
-    folder = process.environ().get("TMPDIR", tempfile.gettempdir())
-    return any(str(process.pid) == path.name for path in Path(folder).glob("heatmap-service-*/*"))
+    folder = server.log.parent / "temporary"  # which no other server on the machine uses
+    return any(str(process.pid) == path.name for path in folder.glob("heatmap-service-*/*"))
 
 
 def test_without_a_worker_new_requests_get_a_typed_503_and_probes_answer(victim: Server, chelsea: bytes) -> None:

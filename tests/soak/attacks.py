@@ -94,7 +94,7 @@ def check(received: bytes, allowed: frozenset[int], at_most: int = 1) -> None:
 
 
 async def exchange(target: Target, parts: Iterable[bytes], apart_s: float = 0.0) -> bytes:
-    """Send the parts as fast as they are taken, or `apart_s` one after the other, and return all that is answered, until the server closes.
+    """Send the parts as fast as they are taken, or `apart_s` apart, and return all answers until the server closes.
 
     What the server refuses to read, by closing or by reading no more, is left.
     """
