@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 START_S = 120.0
 STOP_S = 30.0
@@ -30,7 +31,7 @@ class Server:
         self.log = log
         self.url = url
 
-    def client(self, timeout: float = 60.0) -> httpx.Client:
+    def client(self, timeout: float = 120.0) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=timeout)
 
     def wait_ready(self, timeout_s: float = START_S) -> None:
@@ -55,8 +56,20 @@ class Server:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
+    def given(self) -> float:
+        """The pictures that the server has given to its workers and waits for."""
+        with self.client() as client:
+            families = text_string_to_metric_families(client.get("/metrics").text)
+        return sum(s.value for one in families if one.name == "heatmap_worker_pictures" for s in one.samples)
+
     def wait_exit(self, timeout_s: float) -> int:
         return self.process.wait(timeout_s)
+
+
+def processor_s(process: psutil.Process) -> float:
+    """Seconds of processor time that a process has taken."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def is_worker(process: psutil.Process) -> bool:

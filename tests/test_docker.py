@@ -99,7 +99,7 @@ def image_command() -> list[str]:
 
 def test_the_image_run_by_hand_needs_a_word_about_who_may_use_it(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "service", *image_command()]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2
     assert "HEATMAP_API_KEYS_FILE" in ended.stderr
     assert "HEATMAP_INSECURE=true" in ended.stderr

@@ -176,6 +176,7 @@ def test_what_keeps_every_bound() -> None:
     [
         (lambda found: found.ledger.lost.append("one"), "lost"),
         (lambda found: found.ledger.differing.append("one"), "differ"),
+        (lambda found: found.attacks.failures.append("one"), "attacks"),
         (lambda found: found.ledger.wrong.append("one"), "wrong"),
         (lambda found: found.reloads.update([500]), "reloads"),
         (lambda found: found.ledger.outcomes.extend([Outcome("valid", 1, 2, 503, "x")] * 40), "valid"),

@@ -280,7 +280,7 @@ def test_probes(client: httpx.Client) -> None:
 @pytest.mark.parametrize(("path", "status"), [("/livez", 200), ("/models", 200), ("/models/tyni", 404), ("/", 307)])
 def test_head_is_the_head_of_get_and_no_byte_more(server: Server, path: str, status: int) -> None:
     url = urlsplit(server.url)
-    with server.client() as client, socket.create_connection((url.hostname, url.port), timeout=10) as connection:
+    with server.client() as client, socket.create_connection((url.hostname, url.port), timeout=60) as connection:
         length = client.get(path, headers={"X-Request-ID": "same"}).headers["content-length"]
         connection.sendall(
             f"HEAD {path} HTTP/1.1\r\nHost: test\r\nX-Request-ID: same\r\nConnection: close\r\n\r\n".encode()

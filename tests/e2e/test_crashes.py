@@ -16,7 +16,7 @@ from tests.e2e.support import RAW, map_of, only, post, results, same_map
 from tests.fragile import Fault, harmless, picture_of, write_deadly, write_fragile
 from tests.server import Server, running, wait_until
 
-HANG_S = 3.0
+HANG_S = 5.0
 INNOCENTS = 6
 
 
@@ -42,7 +42,7 @@ def ask(client: httpx.Client, picture: bytes, **fields: Any) -> httpx.Response:
 
 
 def worker_of(server: Server) -> int:
-    wait_until(lambda: len(server.workers()) == 1, 30, server)
+    wait_until(lambda: len(server.workers()) == 1, 60, server)
     (worker,) = server.workers()
     return worker.pid
 
@@ -173,7 +173,7 @@ def test_a_file_of_the_repository_that_is_gone_costs_the_replaced_worker_that_mo
     with running(tmp_path, "--models", str(tmp_path / "models")) as server, server.client() as client:
         (tmp_path / "models" / "other" / "model.toml").unlink()
         server.workers()[0].kill()
-        wait_until(lambda: client.get("/models/other").json()["state"] == "failed", 30, server)
+        wait_until(lambda: client.get("/models/other").json()["state"] == "failed", 60, server)
         server.wait_ready()
         assert ask(client, harmless(4)).status_code == 200
         refused = post(client, harmless(4), "other")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,16 +14,19 @@ import pytest
 
 from tests.conftest import write_tiny
 from tests.server import Server, is_worker, running, wait_until
+from tests.threads import repeating
 
 pytestmark = pytest.mark.alone
 
-RECOVERY_S = 30.0  # the target is 10 s; the machines that run tests are shared
+RECOVERY_S = 100.0  # ten times the target: the machines that run tests are shared
 
 
 @pytest.fixture(scope="module")
 def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of the embedded model whose workers may be killed."""
-    with running(tmp_path_factory.mktemp("victim")) as server:
+    folder = tmp_path_factory.mktemp("victim")
+    (folder / "temporary").mkdir()
+    with running(folder, TMPDIR=str(folder / "temporary")) as server:
         yield server
 
 
@@ -45,45 +46,35 @@ def explain_slowly(server: Server, picture: bytes) -> httpx.Response:
         return client.post(
             f"/models/{model}/heatmap",
             files=[("images", picture)] * 32,
-            data={"method": "guided_grad_cam", "target_classes": ["0", "1", "2"], "timeout_s": "120"},
+            data={"method": "guided_grad_cam", "target_classes": ["0", "1", "2"], "timeout_s": "300"},
         )
-
-
-def busy(server: Server) -> bool:
-    """Whether the worker computes: it uses more processor time than an idle process."""
-    (worker,) = server.workers()
-    return worker.cpu_percent(interval=0.2) > 50
 
 
 def in_flight(server: Server, picture: bytes, pool: ThreadPoolExecutor) -> Future[httpx.Response]:
     """A slow request that has reached the worker."""
     answer = pool.submit(explain_slowly, server, picture)
-    wait_until(lambda: busy(server), 10, server)
+    wait_until(lambda: server.given() > 0, 60, server)
     assert not answer.done()
     return answer
 
 
-def readiness(server: Server, seen: list[int], stop: threading.Event) -> None:
-    with server.client() as client:
-        while not stop.is_set():
-            seen.append(client.get("/readyz").status_code)
-            time.sleep(0.01)
-
-
 def test_a_killed_worker_costs_no_accepted_request(victim: Server, chelsea: bytes) -> None:
     (worker,) = victim.workers()
-    seen: list[int] = []
-    stop = threading.Event()
-    with ThreadPoolExecutor(2) as pool:
-        watching = pool.submit(readiness, victim, seen, stop)
+
+    def readiness() -> int:
+        time.sleep(0.01)
+        return client.get("/readyz").status_code
+
+    with victim.client() as client, repeating(readiness) as seen, ThreadPoolExecutor(1) as pool:
+        wait_until(lambda: seen, 60, victim)
         answer = in_flight(victim, chelsea, pool)
         killed = time.monotonic()
         worker.kill()
         response = answer.result()
         recovered = time.monotonic() - killed
         victim.wait_ready()
-        stop.set()
-        watching.result()
+        asked = len(seen)
+        wait_until(lambda: len(seen) > asked + 1, 60, victim)
     assert response.status_code == 200, response.text
     assert len(response.json()["results"]) == 32
     assert recovered < RECOVERY_S
@@ -96,10 +87,10 @@ def test_a_worker_that_dies_twice_under_a_request_costs_it_a_typed_503(victim: S
     with ThreadPoolExecutor(1) as pool:
         answer = in_flight(victim, chelsea, pool)
         for _ in range(2):
-            wait_until(lambda: busy(victim) or answer.done(), 10, victim)
+            wait_until(lambda: victim.given() > 0 or answer.done(), 60, victim)
             (worker,) = victim.workers()
             worker.kill()
-            wait_until(lambda pid=worker.pid: [w.pid for w in victim.workers()] not in ([], [pid]), 30, victim)
+            wait_until(lambda pid=worker.pid: [w.pid for w in victim.workers()] not in ([], [pid]), 60, victim)
             if not answer.done():
                 victim.wait_ready()
         response = answer.result()
@@ -125,21 +116,21 @@ def test_the_process_that_workers_are_forked_from_may_die_too(victim: Server, ch
     assert len(orphans) == 1
     orphans[0].kill()
     with victim.client() as client:
-        wait_until(lambda: client.get("/readyz").status_code == 503, 10, victim)
+        wait_until(lambda: client.get("/readyz").status_code == 503, 60, victim)
     victim.wait_ready()
 
 
 def serves(process: psutil.Process, server: Server) -> bool:
     """Whether this is a worker of that server, found by its temporary folder, whoever its parent is."""
-    folder = process.environ().get("TMPDIR", tempfile.gettempdir())
-    return any(str(process.pid) == path.name for path in Path(folder).glob("heatmap-service-*/*"))
+    folder = server.log.parent / "temporary"  # which no other server on the machine uses
+    return any(str(process.pid) == path.name for path in folder.glob("heatmap-service-*/*"))
 
 
 def test_without_a_worker_new_requests_get_a_typed_503_and_probes_answer(victim: Server, chelsea: bytes) -> None:
     with victim.client() as client:
         (worker,) = victim.workers()
         worker.kill()
-        wait_until(lambda: client.get("/readyz").status_code == 503, 10, victim)
+        wait_until(lambda: client.get("/readyz").status_code == 503, 60, victim)
         refused = client.post("/models/efficientnet_lite0/heatmap", files={"image": chelsea})
         assert (refused.status_code, refused.json()["code"]) == (503, "no_worker")
         assert "Retry-After" in refused.headers
@@ -155,12 +146,12 @@ def test_sigterm_answers_what_was_accepted_refuses_the_rest_and_leaves_nobody(mo
         client.get("/livez")  # a connection that is open before the server closes its door
         answer = in_flight(mortal, chelsea, pool)
         mortal.signal(signal.SIGTERM)
-        wait_until(lambda: client.get("/readyz").status_code == 503, 5, mortal)
+        wait_until(lambda: client.get("/readyz").status_code == 503, 60, mortal)
         refused = client.post("/models/tiny/heatmap", files={"image": chelsea})
         assert (refused.status_code, refused.json()["code"]) == (503, "draining")
         assert answer.result().status_code == 200
-    assert mortal.wait_exit(timeout_s=30) == 0
-    wait_until(lambda: not any(process.is_running() for process in family), 5, mortal)
+    assert mortal.wait_exit(timeout_s=60) == 0
+    wait_until(lambda: not any(process.is_running() for process in family), 60, mortal)
 
 
 def test_sigkill_of_the_server_takes_the_workers_along(mortal: Server, chelsea: bytes, tmp_path: Path) -> None:
@@ -172,8 +163,8 @@ def test_sigkill_of_the_server_takes_the_workers_along(mortal: Server, chelsea: 
         mortal.signal(signal.SIGKILL)
         with pytest.raises(httpx.TransportError):
             answer.result()
-    mortal.wait_exit(timeout_s=10)
-    wait_until(lambda: not any(alive(process) for process in family), 10, mortal)
+    mortal.wait_exit(timeout_s=60)
+    wait_until(lambda: not any(alive(process) for process in family), 60, mortal)
     assert not folder.exists()
 
 

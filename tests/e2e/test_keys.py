@@ -61,7 +61,7 @@ def test_the_line_to_try_is_one_with_a_key(guarded: Guarded) -> None:
 
 def test_who_has_no_key_is_refused_before_a_byte_of_the_body_came(guarded: Guarded) -> None:
     url = urlsplit(guarded.server.url)
-    with socket.create_connection((url.hostname, url.port), timeout=10) as connection:
+    with socket.create_connection((url.hostname, url.port), timeout=60) as connection:
         connection.sendall(
             b"POST /models/tiny/heatmap HTTP/1.1\r\nHost: test\r\nContent-Type: image/png\r\n"
             b"Content-Length: 1000000\r\n\r\n"
@@ -75,7 +75,7 @@ def test_every_line_of_the_log_is_an_object(guarded: Guarded, chelsea: bytes) ->
             headers = {"X-API-Key": guarded.key, "X-Request-ID": f"the-{endpoint}", "Content-Type": "image/png"}
             response = client.post(f"/models/tiny/{endpoint}{query}", content=chelsea, headers=headers)
             told = dict(re.findall(r"(\w+);dur=([\d.]+)", response.headers["server-timing"]))
-            wait_until(lambda name=f"the-{endpoint}": name in guarded.server.log.read_text(), 5, guarded.server)
+            wait_until(lambda name=f"the-{endpoint}": name in guarded.server.log.read_text(), 60, guarded.server)
             text = guarded.server.log.read_text()
             records = [json.loads(line) for line in text.splitlines()]
             (line,) = [record for record in records if record.get("request_id") == f"the-{endpoint}"]

@@ -75,4 +75,4 @@ def test_a_long_method_stops_between_chunks_when_its_time_is_up(client: httpx.Cl
     assert response.status_code == 504
     assert response.json()["code"] == "deadline_exceeded"
     assert post(client, chelsea, REAL).status_code == 200  # the device is free again
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 100

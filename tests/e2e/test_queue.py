@@ -45,7 +45,7 @@ def test_a_full_queue_is_told_at_once_and_the_time_to_come_again_is_true(
     assert post(client, chelsea, **SLOW).status_code == 200  # what it costs is known from here on
     with ThreadPoolExecutor(MAX_QUEUE) as pool:
         waiting = [pool.submit(post, client, chelsea, **SLOW) for _ in range(MAX_QUEUE // 2)]
-        wait_until(lambda: held(client) == MAX_QUEUE // 2, 10, bounded)
+        wait_until(lambda: held(client) == MAX_QUEUE // 2, 60, bounded)
         told = []
         while (refused := post(client, chelsea, **SLOW)).status_code == 429:
             assert refused.json()["code"] == "queue_full"
@@ -74,19 +74,19 @@ def test_a_deadline_in_compute_drops_the_work_at_its_next_step(
 ) -> None:
     long = {**SLOW, "gen_params": {"n": 20_000}}
     began = time.monotonic()
-    late = post(client, chelsea, **{**long, "timeout_s": 0.5})
+    late = post(client, [chelsea] * 8, **{**long, "timeout_s": 0.5})
     assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")
     assert "0.5 seconds" in late.json()["detail"]
     assert post(client, chelsea).status_code == 200
-    assert time.monotonic() - began < 5, "the device is free again"
-    again = post(client, chelsea, **{**long, "timeout_s": 0.5})
+    assert time.monotonic() - began < 25, "the device is free again"
+    again = post(client, [chelsea] * 8, **{**long, "timeout_s": 0.5})
     assert (again.status_code, again.json()["code"]) == (504, "deadline_too_short"), "and it has learned"
 
 
 def test_a_deadline_in_the_queue_drops_the_request(bounded: Server, client: httpx.Client, chelsea: bytes) -> None:
     with ThreadPoolExecutor(1) as pool:
         before = pool.submit(post, client, chelsea, **SLOW)
-        wait_until(lambda: held(client) == 1, 10, bounded)
+        wait_until(lambda: held(client) == 1, 60, bounded)
         late = post(client, chelsea, priority="batch", method="score_cam", timeout_s=0.1)
         assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")
         assert held(client) == 1

@@ -13,7 +13,7 @@ from tests.soak.findings import bounds
 pytestmark = pytest.mark.alone
 
 SLACK = 10.0
-SHORT = Options(minutes=0.25, clients=8, kill_every_s=6.0, tiny=True, compiled_heads=0)
+SHORT = Options(minutes=0.25, clients=8, kill_every_s=6.0, tiny=True, compiled_heads=0, attacks=False)
 
 
 def test_a_short_soak_keeps_its_bounds(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_a_head_that_fails_leaves_nothing() -> None:
 def test_eight_threads_get_their_own_pictures() -> None:
     """With room for five of twelve pictures, so that values leave while others are read."""
     cache, head = ActivationCache(5 * BYTES), Counting()
-    ready = threading.Barrier(8)
+    ready = threading.Barrier(8, timeout=60)
 
     def client(number: int) -> None:
         choose = np.random.default_rng(number)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from service.models.repository import EMBEDDED
 from service.settings import Settings
 from tests.conftest import write_tiny
 from tests.server import Server, running, runs
+from tests.soak import alone
+from tests.soak.attacks import ATTACKS, MIXED, Target, attacking
 from tests.soak.cases import REAL, TINY, bad_cases, real_cases, tiny_cases, with_key
 from tests.soak.findings import LEDGER, Findings, bounds, tables
 from tests.soak.traffic import Clients, ask_alone
@@ -36,6 +38,7 @@ ACTIVATION_CACHE = 2 * 2**20
 CACHE = Path("build/soak")
 COMPILED_S, QUIET_S = 600.0, 3.0
 SETTLE_S, STOP_S = 10.0, 60.0
+ATTACK_EVERY_S, ALONE_S = 3.0, 15.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Options:
     seed: int = 0
     tiny: bool = False
     reload: bool = True
+    attacks: bool = True
     device: str = "auto"
     compiled_heads: int = Settings.model_fields["compiled_heads"].default
 
@@ -105,7 +109,9 @@ async def _under_load(server: Server, options: Options, key: str) -> Findings:
     until = found.started + 60 * options.minutes
     _say(f"{options.clients} clients for {options.minutes:g} minutes")
     shares: list[float] = []
-    with others.watched(shares), probing(server.url) as found.probes:
+    target = Target(server.url, key)
+    attacks = attacking(target, MIXED, ATTACK_EVERY_S) if options.attacks else nullcontext(found.attacks)
+    with others.watched(shares), probing(server.url) as found.probes, attacks as found.attacks:
         meanwhile = [
             watch_memory(server, found.memory),
             ask_after_kills(server.url, clients, valid[0], found.kills),
@@ -192,21 +198,44 @@ def _end(server: Server, temporary: Path, found: Findings) -> None:
 
 def parse(arguments: Sequence[str]) -> Options:
     default = Options()
-    parser = argparse.ArgumentParser("soak", description="A real server under load and in trouble, for minutes.")
+    parser = argparse.ArgumentParser(
+        "soak",
+        description="A real server under load and in trouble, for minutes.",
+        epilog=f"`--attack NAME` measures attacks alone instead: all, {', '.join(ATTACKS)}.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--minutes", type=float, default=default.minutes)
     parser.add_argument("--clients", type=int, default=default.clients)
     parser.add_argument("--kill-every", type=float, default=default.kill_every_s, metavar="S", dest="kill_every_s")
     parser.add_argument("--seed", type=int, default=default.seed, help="of what each client asks, and when it leaves")
     parser.add_argument("--tiny", action="store_true", help="without the embedded model")
     parser.add_argument("--reload", action=argparse.BooleanOptionalAction, default=default.reload, help="of models")
+    parser.add_argument("--attacks", action=argparse.BooleanOptionalAction, default=default.attacks, help="mixed in")
     parser.add_argument("--device", default=default.device, help="as of `serve`")
     parser.add_argument("--compiled-heads", type=int, default=default.compiled_heads, help="as of `serve`")
     return Options(**vars(parser.parse_args(arguments)))
 
 
+def measure_attacks(arguments: Sequence[str]) -> None:
+    """`--attack NAME`: print what each attack alone does to a fresh server."""
+    parser = argparse.ArgumentParser("soak", description="Each attack alone on a fresh server.")
+    parser.add_argument("--attack", nargs="+", choices=["all", *ATTACKS], required=True, metavar="NAME")
+    parser.add_argument("--seconds", type=float, default=ALONE_S)
+    options = parser.parse_args(arguments)
+    rows = []
+    for name in ATTACKS if "all" in options.attack else options.attack:
+        _say(f"{name}, {options.seconds:g} s")
+        with tempfile.TemporaryDirectory(prefix="heatmap-attack-") as folder:
+            rows.append(alone.measure_attack(name, Path(folder), options.seconds).row(name))
+    print(alone.table(rows).markdown())
+
+
 def main(arguments: Sequence[str]) -> None:
-    options = parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # the server is stopped on the way out
+    if "--attack" in arguments:
+        measure_attacks(arguments)
+        return
+    options = parse(arguments)
     with tempfile.TemporaryDirectory(prefix="heatmap-soak-") as folder:
         found = soak(options, Path(folder))
     judged = bounds(found)

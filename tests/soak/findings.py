@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from benchmarks import others
 from benchmarks.table import Table, percentile, rounded
+from tests.soak.attacks import Report
 from tests.soak.traffic import Ledger, Outcome
 from tests.soak.watch import Memory, Probe, Slope, per_interval
 
@@ -43,6 +44,7 @@ class Findings:
     started: float
     ended: float = 0.0
     ledger: Ledger = field(default_factory=Ledger)
+    attacks: Report = field(default_factory=Report)
     kills: list[float] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
@@ -99,6 +101,7 @@ def bounds(found: Findings, slack: float = 1.0) -> list[Bound]:
         _none("lost: no answer although the client stayed", ledger.lost),
         _none("answers that differ from the oracle's", ledger.differing),
         _none("answers with a status or code that is wrong", ledger.wrong),
+        _none("attacks answered by anything but a problem or a closed connection", found.attacks.failures),
         _none("reloads that were refused", [str(status) for status in found.reloads if status >= 400]),
         Bound(
             "valid requests answered with 200",
@@ -186,6 +189,7 @@ def _requests(found: Findings) -> list[list[str]]:
         *([f"refused: {status} {code}", count] for (status, code), count in sorted(ledger.refused().items())),
         *([f"left {moment}", count] for moment, count in sorted(ledger.cancelled.items())),
         ["bad input answered", len(ledger.of("bad"))],
+        *([f"bursts of the attack {name}", count] for name, count in sorted(found.attacks.bursts.items())),
         ["workers killed", len(found.kills)],
         ["requests that asked whether a worker serves again", len(ledger.of("canary"))],
         *([f"reloads answered with {status}", count] for status, count in sorted(found.reloads.items())),

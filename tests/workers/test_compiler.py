@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -35,8 +34,12 @@ from service.workers.messages import ExplainRequest
 from tests.conftest import write_tiny
 from tests.nets import close_to, pictures
 from tests.server import wait_until
+from tests.threads import repeating
 
-pytestmark = pytest.mark.alone  # a package that others disturb may seem slower than eager
+pytestmark = [
+    pytest.mark.alone,  # a package that others disturb may seem slower than eager
+    pytest.mark.timeout(550),  # several compilations, each of which may take `COMPILE_S`
+]
 
 COMPILE_S = 240.0
 DEFAULT, EARLIER = "2", "0"  # the two convolutions of the tiny network
@@ -119,23 +122,11 @@ def test_a_head_is_swapped_in_under_traffic_and_no_answer_changes(
 ) -> None:
     with serve() as served:
         eager = [served.map_of(picture, 1) for picture in shown]
-        stop = threading.Event()
-        answers: list[list[NDArray[np.float32]]] = []
-
-        def ask() -> None:
-            while not stop.is_set():
-                answers.append([served.map_of(picture, 1) for picture in shown])
-
-        clients = [threading.Thread(target=ask) for _ in range(4)]
-        for client in clients:
-            client.start()
-        served.compiler.add(served.model, served.entry)
-        wait_until(lambda: (DEFAULT,) in served.told, COMPILE_S)
-        before = len(answers)
-        wait_until(lambda: len(answers) > before + 8, 60)
-        stop.set()
-        for client in clients:
-            client.join()
+        with repeating(lambda: [served.map_of(picture, 1) for picture in shown], 4) as answers:
+            served.compiler.add(served.model, served.entry)
+            wait_until(lambda: (DEFAULT,) in served.told, COMPILE_S)
+            before = len(answers)
+            wait_until(lambda: len(answers) > before + 8, 60)
         assert before > 4
         for answer in answers:
             assert all(close_to(ours, oracle) < 1e-4 for ours, oracle in zip(answer, eager, strict=True))
@@ -185,7 +176,10 @@ def test_a_package_that_crashes_one_process_is_dropped_by_the_next(
         target=_serve, args=(root / "models", cache, root / "captured")
     )
     process.start()
-    process.join(120)
+    try:
+        process.join(120)
+    finally:
+        process.kill()  # which does nothing where it has ended
     assert process.exitcode == -signal.SIGABRT
     monkeypatch.setattr(compiler, "COMPILER", "no-such-compiler")
     with serve(cache="crashing") as served, caplog.at_level(logging.WARNING):
@@ -242,7 +236,7 @@ def test_closing_ends_the_process_that_compiles(serve: Serve) -> None:
         wait_until(compiling, 60)
         processes = compiling()
         served.compiler.close()
-        wait_until(lambda: not any(runs(process) for process in processes) and not compiling(), 10)
+        wait_until(lambda: not any(runs(process) for process in processes) and not compiling(), 60)
         assert served.told == []
 
 

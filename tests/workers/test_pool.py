@@ -119,7 +119,7 @@ async def test_a_real_worker_from_its_hello_to_its_end_with_a_death_in_between(
     assert pool.workers in ([], [fresh])
     for thread in threading.enumerate():
         if thread.name in ("read-cpu", "write-cpu"):
-            await asyncio.to_thread(thread.join, 10)
+            await asyncio.to_thread(thread.join, 60)
     assert threads() == set()
 
 
@@ -132,7 +132,7 @@ async def test_what_a_worker_said_before_its_death_is_heard(tmp_path: Path) -> N
     worker._child_end.close()
     worker.process = cast(Any, FakeProcess())
     worker.submit(explain(2))  # which cannot be sent any more
-    writer = threading.Thread(target=worker._write)
+    writer = threading.Thread(target=worker._write, daemon=True)
     writer.start()
     await asyncio.to_thread(writer.join, 0.2)
     await asyncio.to_thread(worker._read)
@@ -202,7 +202,7 @@ async def test_it_is_tried_again_for_ever(waits: list[float]) -> None:
     async with Bench() as bench:
         bench.pool._failures[bench.worker.device] = 5000
         bench.worker.die()
-        await asyncio.wait_for(bench.started(), 1)
+        await asyncio.wait_for(bench.started(), 30)
         assert waits == [MAX_BACKOFF_S]
 
 
@@ -220,7 +220,7 @@ async def test_a_start_that_fails_is_repeated(
 
         monkeypatch.setattr(FakeWorker, "start", fail_once)
         bench.worker.die()
-        fresh = await asyncio.wait_for(bench.started(), 1)
+        fresh = await asyncio.wait_for(bench.started(), 30)
         assert bench.pool.workers == [fresh]
 
 
@@ -237,7 +237,7 @@ async def test_a_worker_for_which_there_is_no_pipe_is_tried_again(
 
         monkeypatch.setattr(FakeWorker, "__init__", fail_once)
         bench.worker.die()
-        fresh = await asyncio.wait_for(bench.started(), 1)
+        fresh = await asyncio.wait_for(bench.started(), 30)
         assert bench.pool.workers == [fresh]
 
 
