@@ -215,7 +215,6 @@ class Findings:
 def faults(found: Findings) -> list[str]:
     """What must not be: wrong targets, an early default or one with parallel paths, a batch that differs from one."""
     said = [f"{name} is folded wrongly: {verdict}" for name, verdict in found.wrong.items()]
-    said += ["no layer is a target"] if not found.targets else []
     if found.default is None:
         return said
     said += [f"the default {found.default} is early: {found.lateness:.2f}"] if found.lateness < LATE else []

@@ -19,7 +19,7 @@ EVERYDAY = (
     of_timm("ViT", "test_vit", 64, img_size=64),
     of_timm("MobileViTv2", "mobilevitv2_050", 64),
     of_timm("CaiT", "cait_xxs24_224", 64, img_size=64, depth=2),
-    of_timm("CoAtNet", "test_coatnet", 96, img_size=96),
+    of_timm("RepVGG", "repvgg_a0", 64),
     of_timm("MaxViT", "test_maxvit", 64, img_size=64),
     of_torchvision("SqueezeNet", "squeezenet1_1", 64),
 )
