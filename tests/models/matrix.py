@@ -178,7 +178,7 @@ def verdict_of(looks: Tensor, height: int, width: int) -> Verdict:
 
 def _correlation(index: Tensor, centre: Tensor) -> float:
     """The correlation of both; 1 where the axis has one place only, 0 where all centres are the same."""
-    if index.unique().numel() == 1:
+    if len(set(index.tolist())) == 1:
         return 1.0
     found = torch.corrcoef(torch.stack([index.float(), centre]))[0, 1]
     return float(found.nan_to_num())

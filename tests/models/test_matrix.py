@@ -61,7 +61,7 @@ class Mixed(Grid):
 
     def fold(self, value: Tensor) -> Tensor:
         folded = super().fold(value)
-        return folded.unflatten(3, (-1, 2)).movedim(4, 2).reshape(folded.shape)
+        return folded.reshape(*folded.shape[:3], -1, 2).movedim(4, 2).reshape(folded.shape)
 
 
 KNOWN = (
