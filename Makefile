@@ -1,15 +1,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test check install openapi bench soak clean
+.PHONY: serve test matrix check install openapi bench soak clean
 
 serve: .venv/installed
 	$(BIN)/heatmap-service serve $(if $(PORT),--port $(PORT))
 
 # In several processes of one thread each; then, one after the other, what looks at load, times and processes.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile -m 'not alone'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile -m 'not alone and not matrix'
 	$(BIN)/pytest -m alone
+
+# Every target layer of sixty networks judged by gradients, as a table, in half an hour; ARGS='convnext vit' for some.
+matrix: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.models.matrix $(ARGS)
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
