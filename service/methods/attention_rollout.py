@@ -64,20 +64,26 @@ class Attentions:
     """A network's attention operations, in the order in which they run, all over the same tokens."""
 
     nodes: tuple[fx.Node, ...]
+    pool: fx.Node | None
+    """The attention by which one query reads the tokens of the last of them, where the network ends so."""
     behind: fx.Node
-    """The first batched value of all tokens from the last attention on."""
+    """The first batched value of all tokens from the last attention on; the pool's result where there is one."""
     grid: Grid
     tokens: int
 
     @property
     def sources(self) -> tuple[fx.Node, ...]:
         """What their weights are computed from: queries, keys and masks, or the softmax itself."""
-        return tuple(dict.fromkeys(source for node in self.nodes for source in _sources(node)))
+        return tuple(dict.fromkeys(source for node in self._all for source in _sources(node)))
 
     @property
     def mixed(self) -> bool:
         """Whether batch and heads share a dimension."""
-        return any(node.meta["val"].ndim == 3 for node in self.nodes)
+        return any(node.meta["val"].ndim == 3 for node in self._all)
+
+    @property
+    def _all(self) -> tuple[fx.Node, ...]:
+        return (*self.nodes, *((self.pool,) if self.pool else ()))
 
 
 @register
@@ -98,12 +104,13 @@ class AttentionRollout(Method):
     def heatmap(self, trace: Trace, params: GenParams) -> Tensor:
         """Rows of the product over all layers of A + I, each row normalised (eq. 1 of the paper), (N,h,w).
 
-        The rows are those of the tokens that the scores read: the class token, or all patches, whose mean is taken.
+        The rows are those of the tokens that the scores read: the class token, or all patches, whose mean is taken. A
+        query that pools the tokens reads them by its own attention, which has no I: it is none of them.
         """
         assert isinstance(params, AttentionRolloutParams)
         found = attentions_of(trace.program)
         assert isinstance(found, Attentions), found
-        start = tokens_read(trace.program, found)
+        start = None if found.pool else tokens_read(trace.program, found)
         count = 1 if found.mixed else len(trace.images)  # alone, it is all the same whether batch or heads come first
         run = trace.program.observed(*found.sources)
         rows = []
@@ -112,7 +119,12 @@ class AttentionRollout(Method):
                 _, *values = run(images)
             known = dict(zip(found.sources, values, strict=True))
             layers = (fused_heads(_weights(node, known, len(images)), params) for node in reversed(found.nodes))
-            rows.append(rollout(start.expand(len(images), -1), layers))
+            if found.pool:
+                row = fused_heads(_weights(found.pool, known, len(images)), params)[:, 0]
+            else:
+                assert start is not None
+                row = start.expand(len(images), -1)
+            rows.append(rollout(row, layers))
         return found.grid.fold(torch.cat(rows)[:, :, None])[:, 0]
 
 
@@ -160,12 +172,13 @@ def attentions_of(program: Program) -> Attentions | str:
         return "it has no attention"
     shapes = [_shape(node) for node in nodes]
     tokens = shapes[0][-1]
+    pooled = len(nodes) > 1 and shapes[-1][-2:] == (1, tokens)
     if any(
         len(shape) > 4 or (len(shape) == 4 and not program.is_batched(node))
         for node, shape in zip(nodes, shapes, strict=True)
     ):
         return WINDOWS
-    if any(shape[-2:] != (tokens, tokens) for shape in shapes):
+    if any(shape[-2:] != (tokens, tokens) for shape in (shapes[:-1] if pooled else shapes)):
         return OTHERS
     if any(node.target is not FUSED and not set(_readers(node)) <= PRODUCTS for node in nodes):
         return CHANGED
@@ -174,8 +187,10 @@ def attentions_of(program: Program) -> Attentions | str:
     grid = _grid(program, nodes[0], tokens)
     if isinstance(grid, str):
         return grid
+    if pooled:
+        return Attentions(nodes[:-1], nodes[-1], nodes[-1], grid, tokens)
     behind = _behind(program, nodes[-1], tokens)
-    return UNSEEN if behind is None else Attentions(nodes, behind, grid, tokens)
+    return UNSEEN if behind is None else Attentions(nodes, None, behind, grid, tokens)
 
 
 def _grid(program: Program, first: fx.Node, tokens: int) -> Grid | str:

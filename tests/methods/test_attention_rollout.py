@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,12 +30,12 @@ class Toy(nn.Module):
     """Two layers over four pixels, whose only channel is red: a token t_j is attended to with weight exp(t_j).
 
     A layer adds the same number to every token, so that both layers have the same weights. Of `heads` the second
-    attends to all tokens alike. The class token is 0.
+    attends to all tokens alike. The class token is 0. `pooled`: one query reads the tokens, with weights exp(2 t_j).
     """
 
-    def __init__(self, kind: Kind, heads: int = 1, class_token: bool = False) -> None:
+    def __init__(self, kind: Kind, heads: int = 1, class_token: bool = False, pooled: bool = False) -> None:
         super().__init__()
-        self.kind, self.heads, self.class_token = kind, heads, class_token
+        self.kind, self.heads, self.class_token, self.pooled = kind, heads, class_token, pooled
         self.red = nn.Conv2d(3, 1, 1, bias=False)
         self.red.weight = nn.Parameter(torch.tensor([1.0, 0, 0]).reshape(1, 3, 1, 1))
         self.head = nn.Linear(1, 2)
@@ -45,8 +46,17 @@ class Toy(nn.Module):
             x = torch.cat([torch.zeros_like(x[:, :1]), x], dim=1)
         for _ in range(2):
             x = x + self.attend(x[:, None])[:, 0]
+        if self.pooled:
+            x = self.pool(x[:, None])[:, 0]
         scores: Tensor = self.head(x[:, 0] if self.class_token else x.mean(dim=1))
         return scores
+
+    def pool(self, x: Tensor) -> Tensor:
+        """`x` is (N,1,T,1)."""
+        query = torch.full_like(x[:, :, :1], 2)
+        if self.kind == "fused":
+            return F.scaled_dot_product_attention(query, x, x)
+        return (query @ x.mT).softmax(dim=-1) @ x
 
     def attend(self, x: Tensor) -> Tensor:
         """`x` is (N,1,T,1)."""
@@ -58,8 +68,8 @@ class Toy(nn.Module):
 
 
 @cache
-def toy(kind: Kind, heads: int = 1, class_token: bool = False) -> Program:
-    return program_of(seeded(lambda: Toy(kind, heads, class_token)), 2)
+def toy(kind: Kind, heads: int = 1, class_token: bool = False, pooled: bool = False) -> Program:
+    return program_of(seeded(lambda: Toy(kind, heads, class_token, pooled)), 2)
 
 
 def red(*weights: float) -> Tensor:
@@ -83,6 +93,45 @@ def test_takes_the_class_tokens_row(kind: Kind) -> None:
     # The class token's exp(0) is 1: a = (1, 1, 2, 3, 4) / 11. Its row of (3 A + I) / 4 is 3/4 a at the patches.
     answer = ours(toy(kind, class_token=True), red(1, 2, 3, 4), [0])
     np.testing.assert_allclose(answer[0], [[0.75 / 11, 1.5 / 11], [2.25 / 11, 3 / 11]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fused", "softmax"])
+def test_begins_with_the_row_of_a_query_that_pools_the_tokens(kind: Kind) -> None:
+    # The pool's row is b = (1, 4, 9, 16) / 30, and b (3 A + I) / 4 = (3 a + b) / 4, since b has the sum 1.
+    a, b = np.array([1, 2, 3, 4]) / 10, np.array([1, 4, 9, 16]) / 30
+    answer = ours(toy(kind, pooled=True), red(1, 2, 3, 4), [0])
+    np.testing.assert_allclose(answer[0].flatten(), (3 * a + b) / 4, rtol=1e-5)
+
+
+def test_a_vit_that_pools_by_attention_equals_its_own_modules() -> None:
+    """timm's SigLIP kind: the paper's product in float64 of weights recomputed from the inputs of each attention."""
+    module = seeded(
+        lambda: timm.create_model(
+            "vit_tiny_patch16_224", img_size=96, depth=2, global_pool="map", class_token=False, num_classes=5
+        )
+    )
+    program, pictures = program_of(module, 96), images(2, 96)
+    twin = peer_copy(module, torch.float64)
+    rows: list[Tensor] = []
+
+    def keep(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x, heads = inputs[0], int(part.num_heads)  # type: ignore[arg-type]
+        if hasattr(part, "latent"):
+            q, k = part.q(part.latent.expand(len(x), -1, -1)), part.kv(x).chunk(2, dim=-1)[0]  # type: ignore[operator]
+        else:
+            q, k, _ = part.qkv(x).chunk(3, dim=-1)  # type: ignore[operator]
+        q, k = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (q, k))
+        rows.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1).mean(dim=1))
+
+    for part in twin.modules():
+        if type(part).__name__ in ("Attention", "AttentionPoolLatent"):
+            part.register_forward_pre_hook(keep)
+    twin(pictures.double())
+    *layers, row = rows
+    for layer in reversed(layers):
+        row = row @ (layer + torch.eye(36)) / 2
+    assert row.std() > 1e-3 * row.max()
+    assert close_to(ours(program, pictures, [0, 0]), row.reshape(2, 6, 6).detach()) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["fused", "softmax"])
@@ -266,7 +315,7 @@ class Mixed(nn.Module):
         ("talking heads", "changed before they meet the values"),
         ("pooled keys", "not always from all tokens of one grid to the same tokens"),
         ("windows", "windows"),
-        ("channels", "no patch grid explains its 2 tokens"),
+        ("channels", "no value before its attention has one row per token"),
         ("none", "it has no attention"),
     ],
 )
