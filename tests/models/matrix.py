@@ -33,6 +33,8 @@ CORRELATION, HITS = 0.8, 0.75
 SILENT = 1e-6
 LATE = 0.5
 """Share of the weighted operations on places that come before a default layer, or are it."""
+LEAST = 0.1
+"""Share of the layers that must be targets: refusing all would be right about each."""
 ALONE = 1e-4
 WEIGHTED = {
     aten.conv2d.default,
@@ -186,7 +188,8 @@ def _correlation(index: Tensor, centre: Tensor) -> float:
 
 @dataclass
 class Findings:
-    """What the matrix says of one network. `beside` is what crosses beside the default and is no part of its making."""
+    """What the matrix says of one network. `crossing` counts the values that pass the default, such as shortcuts;
+    `beside` the weighted operations on their way that the default does not depend on."""
 
     network: Network
     layers: int = 0
@@ -215,10 +218,13 @@ class Findings:
 def faults(found: Findings) -> list[str]:
     """What must not be: wrong targets, an early default or one with parallel paths, a batch that differs from one."""
     said = [f"{name} is folded wrongly: {verdict}" for name, verdict in found.wrong.items()]
+    said += (
+        [f"only {found.targets} of {found.layers} layers are targets"] if found.targets < LEAST * found.layers else []
+    )
     if found.default is None:
         return said
     said += [f"the default {found.default} is early: {found.lateness:.2f}"] if found.lateness < LATE else []
-    said += [f"{found.beside} values run parallel to the default {found.default}"] if found.beside else []
+    said += [f"{found.beside} weighted operations run parallel to {found.default}"] if found.beside else []
     return said + ([f"alone differs from in a batch by {found.alone:.0e}"] if found.alone > ALONE else [])
 
 
@@ -260,7 +266,8 @@ def _examine_default(found: Findings, program: Program, of: LayerTable) -> None:
     found.lateness = sum(order[node] <= order[target.node] for node in spatial) / len(spatial)
     crossing = program.crossing(target.node)
     found.crossing = len(crossing)
-    found.beside = len(set(crossing) - program.ancestors([target.node]))
+    parallel = program.ancestors(crossing) - program.ancestors([target.node])
+    found.beside = sum(node.target in WEIGHTED for node in parallel)
     shown = images(3, network_side(program))
     together = grad_cam(program, of, shown)
     found.alone = max(close_to(grad_cam(program, of, shown[i : i + 1])[0], together[i]) for i in range(3))
