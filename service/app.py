@@ -6,6 +6,8 @@ import asyncio
 import logging
 import math
 import os
+import resource
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import FrameType
@@ -14,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service import __version__
-from service.api import bounded_connection, mount
+from service.api import RESERVE, bounded_connection, mount
 from service.dispatch.dispatcher import Dispatcher
 from service.models.repository import scan
 from service.settings import Settings
@@ -24,6 +26,10 @@ from service.workers.pool import Pool
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 5
+OWN_FILES = 128
+"""Files that the server has open beside connections: pipes to workers, logs, what a library opens for a moment."""
+SAME_SIGNAL_S = 1.0
+"""A process gets a signal twice that is sent to its group and passed on by its parent, as `make` does."""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -53,6 +59,26 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
+def with_room_for_connections(settings: Settings) -> Settings:
+    """The settings with as many connections as the process may have files open, after raising that limit if need be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = settings.max_connections + RESERVE + OWN_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return settings
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed == needed:
+        return settings
+    connections = max(1, allowed - RESERVE - OWN_FILES)
+    logger.warning(
+        "The process may open %d files: it serves %d connections instead of %d.",
+        allowed,
+        connections,
+        settings.max_connections,
+    )
+    return settings.model_copy(update={"max_connections": connections})
+
+
 class Server(uvicorn.Server):
     """Leaves in named steps: the first signal refuses new work and drains, then closes; the second ends all at once."""
 
@@ -61,7 +87,7 @@ class Server(uvicorn.Server):
             app,
             host=settings.host,
             port=settings.port,
-            http=bounded_connection(settings),
+            http=bounded_connection(with_room_for_connections(settings)),
             ws="none",
             log_level=settings.log_level,
             log_config=None,
@@ -74,7 +100,7 @@ class Server(uvicorn.Server):
         self._needs_key = settings.api_keys_file is not None
         self._background: list[asyncio.Future[None]] = []
         self._pool: Pool = app.state.pool
-        self._leaving = False
+        self._leaving_since: float | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def main_loop(self) -> None:
@@ -87,11 +113,17 @@ class Server(uvicorn.Server):
         """SIGTERM and SIGINT. The signal is not raised again after a drain: the server leaves with status 0.
 
         The second one waits for nothing, whatever step the server is in: start, drain, close or stop of the workers.
+        Within SAME_SIGNAL_S it counts as the first one.
         """
-        if self._leaving:
-            self._pool.kill()
-            os._exit(128 + sig)
-        self._leaving = True
+        now = time.monotonic()
+        if self._leaving_since is not None:
+            if now - self._leaving_since < SAME_SIGNAL_S:
+                return
+            try:
+                self._pool.kill()
+            finally:
+                os._exit(128 + sig)
+        self._leaving_since = now
         if self._loop is None:  # it is still starting
             super().handle_exit(sig, frame)
             return

@@ -43,6 +43,7 @@ TABLE = {
         "no_worker",
         "worker_lost",
         "draining",
+        "answers_unread",
         "too_many_connections",
     },
     504: {"deadline_exceeded", "deadline_too_short"},

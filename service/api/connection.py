@@ -86,11 +86,11 @@ class BoundedConnection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
-        hold_little(transport)
         self.flow: Flow = Flow(transport)
         if len(self.connections) - len(self.reserve) > self.settings.max_connections:
             self._enter_reserve()
         self._watch()
+        hold_little(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.reserve.pop(self, None)
@@ -121,6 +121,8 @@ class BoundedConnection(H11Protocol):
 
     def _parse(self) -> None:
         """Parse what is left of the last slice, then one more."""
+        if self in self.reserve and len(self.connections) - len(self.reserve) < self.settings.max_connections:
+            self._leave_reserve()
         self.conn.budget = EVENTS
         if self._may_parse() and self.conn.trailing_data[0]:
             self.handle_events()
@@ -147,7 +149,13 @@ class BoundedConnection(H11Protocol):
             self._waits_its_turn = True
             self.turns.wait(self._take_turn)
         self.flow.hold(bool(self._pending))
+        if self in self.reserve and self.cycle and self.cycle.response_complete and not self._is_in_body():
+            self.transport.close()
         self._watch()
+
+    def _is_in_body(self) -> bool:
+        """Whether the rest of a body must come first: were the connection closed, its sender might miss the answer."""
+        return bool(self.conn.their_state is h11.SEND_BODY)
 
     def _should_upgrade(self) -> bool:
         return False  # the request is answered as if it had not asked for that (RFC 9110, 7.8)
@@ -164,6 +172,10 @@ class BoundedConnection(H11Protocol):
             oldest.transport.abort()
         self.reserve[self] = None
         self.app_state = {**self.app_state, "reserve": True}
+
+    def _leave_reserve(self) -> None:
+        del self.reserve[self]
+        self.app_state = {name: value for name, value in self.app_state.items() if name != "reserve"}
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -200,7 +212,7 @@ class BoundedConnection(H11Protocol):
             if self.cycle is None:
                 return "first head"  # type: ignore[unreachable]  # as uvicorn has it
             self._keep_alive()
-        elif self.conn.their_state is h11.SEND_BODY and self.cycle.response_complete:
+        elif self._is_in_body() and self.cycle.response_complete:
             return "rest of a body"  # a client that still sends it must see the answer
         return None
 

@@ -49,7 +49,7 @@ class FrameMiddleware:
                 headers = MutableHeaders(scope=message)
                 headers["X-Content-Type-Options"] = "nosniff"
                 headers["X-Request-ID"] = state["request_id"]
-                if state.get("reserve"):
+                if state.get("reserve") and not _has_body(scope):
                     headers["Connection"] = "close"
                 headers["Server-Timing"] = server_timing(state.get("timings"), time.perf_counter() - state["started"])
             await send(message)
@@ -114,6 +114,10 @@ def server_timing(timings: Timings | None, total: float) -> str:
     """The header's value: the stages that did work, then the total, in milliseconds."""
     stages = {**(vars(timings) if timings else {}), "total": total}
     return ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages.items())
+
+
+def _has_body(scope: Scope) -> bool:
+    return any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
 
 
 def _head_bytes(scope: Scope) -> int:

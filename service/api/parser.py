@@ -18,8 +18,8 @@ class Parser(h11.Connection):
     """Raises h11.RemoteProtocolError for what is refused; `error` is then the problem to answer.
 
     `budget` is the number of events that may still be parsed; without any, next_event tells NEED_DATA.
-    `remaining` is the rest of a body of known length, in bytes. `in_body` tells whether the latest event belongs
-    to a body.
+    `remaining` is the rest of a body of known length, in bytes, and 0 in one that comes in chunks. `in_body` tells
+    whether the latest event belongs to a body.
     """
 
     def __init__(self, max_header_bytes: int) -> None:
@@ -43,16 +43,22 @@ class Parser(h11.Connection):
         self.budget -= 1
         self.in_body = self.their_state is h11.SEND_BODY
         if self.their_state is h11.IDLE:
+            self._skip_empty_lines()
             self._check_head()
         event = super().next_event()
         if isinstance(event, h11.Request):
             return self._begin(event)
         if isinstance(event, h11.Data):
-            self.remaining -= len(event.data)
+            self.remaining = max(0, self.remaining - len(event.data))
             self._framing -= len(event.data) * (1 + FRAMING_PER_BYTE)
-        elif event is h11.NEED_DATA and self.in_body and self._framing > MAX_FRAMING:
+        elif self.in_body and self._framing - len(self.trailing_data[0]) > MAX_FRAMING:
             raise self._refused(HeadersTooLarge(f"The body's chunks and trailers bring more than {MAX_FRAMING} bytes."))
         return event
+
+    def _skip_empty_lines(self) -> None:
+        """Some clients send one behind a body (RFC 9112, 2.2); h11 takes it for a request."""
+        head, _ = self.trailing_data
+        self._receive_buffer.maybe_extract_at_most(len(head) - len(head.lstrip(b"\r\n")))
 
     def _check_head(self) -> None:
         head, _ = self.trailing_data

@@ -7,6 +7,7 @@ an answer waits for its reader, and the connection can demand that each of them 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 
 from starlette.datastructures import Headers
@@ -24,7 +25,8 @@ def hold_little(transport: asyncio.Transport) -> None:
     Else a reader of a few kB/s seems to stand still: the kernel wants megabytes of its buffer free before more.
     """
     transport.set_write_buffer_limits(high=0)
-    transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, SLICE_BYTES)
+    with contextlib.suppress(OSError):  # of a client that has left already
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, SLICE_BYTES)
 
 
 class Unread:

@@ -154,11 +154,14 @@ def _tiff(image: TiffImagePlugin.TiffImageFile, data: bytes) -> float:
 
 
 def _scans_per_part(tags: TiffImagePlugin.ImageFileDirectory_v2, data: bytes, parts: int) -> float:
-    """On average; parts that may share their bytes may all have every scan in the file."""
-    scans = data.count(bytes([0xFF, _SOS]))
+    """On average; parts that may share their bytes may all have every scan in the file. Other pages don't count."""
+    mark = bytes([0xFF, _SOS])
     offsets = tags.get(TiffImagePlugin.STRIPOFFSETS, ()) + tags.get(TiffImagePlugin.TILEOFFSETS, ())
     sizes = tags.get(TiffImagePlugin.STRIPBYTECOUNTS, ()) + tags.get(TiffImagePlugin.TILEBYTECOUNTS, ())
-    return max(1.0, scans / parts if _are_apart(offsets, sizes) else scans)
+    if not _are_apart(offsets, sizes):
+        return max(1.0, data.count(mark))
+    own = sum(data.count(mark, offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+    return max(1.0, own / parts)
 
 
 def _are_apart(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> bool:

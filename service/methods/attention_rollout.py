@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import Field
@@ -44,8 +43,6 @@ BRANCHES = "its attention operations do not follow one another: several of one b
 UNSEEN = "it cannot be seen which tokens its scores read"
 UNFOLDED = "no value before its attention has one row per token"
 CHANGED = "its attention weights are changed before they meet the values"
-
-_grids: WeakKeyDictionary[Program, Grid | str] = WeakKeyDictionary()
 
 
 class AttentionRolloutParams(ScaledParams):
@@ -153,8 +150,7 @@ def fused_heads(weights: Tensor, params: AttentionRolloutParams) -> Tensor:
 def tokens_read(program: Program, found: Attentions) -> Tensor:
     """The share (1,T) that each token has in what the scores read after the last attention, for a picture of noise."""
     split = program.split(found.behind)
-    example = program.images.meta["val"]
-    noise = torch.randn(1, *example.shape[1:], generator=torch.Generator().manual_seed(0)).to(example.device)
+    noise = program.noise.pictures(1, program.images.meta["val"], seed=0)
     with torch.no_grad():
         value, *crossing = as_tuple(split.head(noise))
     value.requires_grad_()
@@ -194,16 +190,18 @@ def attentions_of(program: Program) -> Attentions | str:
 
 
 def _grid(program: Program, first: fx.Node, tokens: int) -> Grid | str:
-    """Where the first attention's tokens lie in the picture, shown once per program, or why that is not known."""
-    if program not in _grids:
-        before = program.ancestors([first])
-        values = (node for node in reversed(program.nodes) if node in before and program.is_batched(node))
-        node = next((node for node in values if node.meta["val"].shape[1:-1] == (tokens,)), None)
-        if node is None:
-            return UNFOLDED
-        proposed = propose_grids(program.images.meta["val"], node)
-        _grids[program] = proposed if isinstance(proposed, str) else find_places(program, {node: proposed})[node.name]
-    return _grids[program]
+    """Where the first attention's tokens lie in the picture, or why that is not known; measured if no layer tells."""
+    before = program.ancestors([first])
+    rows = [
+        node
+        for node in reversed(program.nodes)
+        if node in before and program.is_batched(node) and node.meta["val"].shape[1:-1] == (tokens,)
+    ]
+    if not rows:
+        return UNFOLDED
+    node = next((node for node in rows if node.name in program.places), rows[0])
+    proposed = propose_grids(program.images.meta["val"], node)
+    return proposed if isinstance(proposed, str) else find_places(program, {node: proposed})[node.name]
 
 
 def _behind(program: Program, last: fx.Node, tokens: int) -> fx.Node | None:

@@ -64,6 +64,7 @@ class LayerTable:
         self._reaching = program.ancestors([program.logits])
         self._sizes = {key: parameter.numel() for key, parameter in program.source.named_parameters()}
         self._calls = _module_calls(program)
+        program.places.update(places or {})
         if places is None:
             proposals = self._proposals()
             places = (
@@ -223,10 +224,16 @@ class LayerTable:
         weighted = [
             index
             for node, index in self._order.items()
-            if node.target in WEIGHTED and node in self._program.tainted and node.meta["val"].ndim >= 3
+            if node.target in WEIGHTED and node in self._program.tainted and _has_places(node)
         ]
         before = sum(index <= row.position for index in weighted)
         return len(weighted) - before > before
+
+
+def _has_places(node: fx.Node) -> bool:
+    """Whether a weighted operation makes more than one vector: not the scores, and not of pooled channels."""
+    shape = node.meta["val"].shape
+    return len(shape) > 2 and not (node.target in CONVOLUTIONS and all(size == 1 for size in shape[2:]))
 
 
 def _module_calls(program: Program) -> dict[tuple[str, int], list[fx.Node]]:
@@ -281,9 +288,7 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 def _has_gradient(program: Program, node: fx.Node, grid: Grid) -> bool:
     """Whether the top score of a random picture has a gradient at the node's places that is not zero."""
     split = program.split(node)
-    example = program.images.meta["val"]
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(1, *example.shape[1:], generator=generator).to(example.device)
+    images = program.noise.pictures(1, program.images.meta["val"], seed=0)
     with torch.no_grad():
         activation = split.head(images).requires_grad_()
     with torch.enable_grad():

@@ -16,17 +16,18 @@ from service.models.grids import Grid
 from service.models.placewise import spread
 from service.models.program import Program
 
+aten = torch.ops.aten
+
 PATCHES = 8
 COLUMNS = (2, 4, 5, 3, 7, 1, 0, 6)
 """The patch of each row. No binary digit of a row goes with one of its column, so regrouped rows do not look right."""
-CONTRAST = 2.0
+CONTRAST = 0.25
+"""Of the noise around the patches, which themselves reach from black to white."""
 CORRELATION, PEAKS = 0.8, 0.75
 """What shows that a layer is a picture: correlation of places on both axes, or the share of peaks at their place."""
-CLEAR = 2.5
-"""A response whose peak is so many times what the patches cause there on average tells clearly where it lies."""
-SHARP, DISTANCE = 4.0, 0.16
-"""A response with such a peak must also lie so near its patches on average, of the picture's side: order alone would
-let rows pass that are folded two by two."""
+CLEAR, DISTANCE = 2.5, 0.12
+"""A response that peaks along an axis at so many times what the patches cause there on average is clear. It must lie
+so near the patches on average, in shares of the picture's side: order alone would let regrouped or padded rows pass."""
 CHUNK_PIXELS = 8 * 512 * 512
 """Pictures that run together have at most so many pixels."""
 
@@ -49,18 +50,26 @@ class Patches:
 def find_places(program: Program, proposals: Mapping[fx.Node, Sequence[Grid]]) -> dict[str, Grid | str]:
     """For each node, by name: the proposed grid that is shown to be the picture's rows and columns, or why none is.
 
-    A node without a clear response inherits from one that is shown, through operations that keep each place.
+    A node without a clear response inherits from one that is shown, through operations that keep each place. What is
+    known already of the program's nodes is not measured again.
     """
+    unknown = {node: grids for node, grids in proposals.items() if node.name not in program.places}
+    if unknown:
+        program.places.update(_measured(program, unknown))
+    return {node.name: program.places[node.name] for node in proposals}
+
+
+def _measured(program: Program, proposals: Mapping[fx.Node, Sequence[Grid]]) -> dict[str, Grid | str]:
     patches = make_patches(program)
     responses = _observe(program, patches, proposals)
     shown: dict[fx.Node, Grid] = {}
     wrong: set[fx.Node] = set()
     for node, of_grids in responses.items():
-        strengths = {grid: _strength(response, patches) for grid, response in of_grids.items()}
-        best = max(strengths, key=strengths.__getitem__)
-        if strengths[best] >= 1:
+        verdicts = {grid: _judge(response, patches) for grid, response in of_grids.items()}
+        best = max(verdicts, key=lambda grid: verdicts[grid].strength)
+        if verdicts[best].strength >= 1:
             shown[node] = best
-        elif all(_is_clear(response) for response in of_grids.values()):
+        elif all(verdict.wrong for verdict in verdicts.values()):
             wrong.add(node)
     shown |= spread(shown, wrong, proposals)
     return {node.name: shown.get(node, UNSHOWN) for node in proposals}
@@ -69,18 +78,17 @@ def find_places(program: Program, proposals: Mapping[fx.Node, Sequence[Grid]]) -
 def make_patches(program: Program) -> Patches:
     """The experiment's pictures, the same each time."""
     example = program.images.meta["val"]
-    _, channels, height, width = example.shape
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(channels, height, width, generator=generator)
+    height, width = example.shape[2:]
+    base = program.noise.pictures(1, example, seed=0, contrast=CONTRAST)
+    changes = program.noise.pictures(PATCHES, example, seed=1)
     copies, rows, columns = base.repeat(PATCHES, 1, 1, 1), [], []
     for row, column in enumerate(COLUMNS):
         top, bottom = _side(row, height)
         left, right = _side(column, width)
-        change = torch.randn(channels, bottom - top, right - left, generator=generator)
-        copies[row, :, top:bottom, left:right] = CONTRAST * change
+        copies[row, :, top:bottom, left:right] = changes[row, :, top:bottom, left:right]
         rows.append((top + bottom) / 2 / height)
         columns.append((left + right) / 2 / width)
-    return Patches(base[None].to(example.device), copies.to(example.device), torch.tensor(rows), torch.tensor(columns))
+    return Patches(base, copies, torch.tensor(rows), torch.tensor(columns))
 
 
 def _side(place: int, size: int) -> tuple[int, int]:
@@ -95,6 +103,10 @@ class _Observer(fx.Interpreter):
         super().__init__(program.source)
         self.responses: dict[fx.Node, dict[Grid, Tensor]] = {}
         self._proposals = proposals
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A view refuses values that lie in memory otherwise than captured."""
+        return super().call_function(aten.reshape.default if target is aten.view.default else target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -136,29 +148,50 @@ def _relative(response: Tensor) -> Tensor:
     return torch.where(mean > 0, response / mean, 0).nan_to_num()
 
 
-def _is_clear(response: Tensor) -> bool:
-    return bool(_peak(_relative(response)) >= CLEAR)
+@dataclass(frozen=True)
+class Verdict:
+    """What a response says: `strength` 1 and more that its places are right, `wrong` that they clearly are not."""
+
+    strength: float
+    wrong: bool
 
 
-def _peak(relative: Tensor) -> Tensor:
-    return relative.flatten(1).amax(dim=1).median()
-
-
-def _strength(response: Tensor, patches: Patches) -> float:
-    """How well the response (K,h,w) lies at the patches; 1 and more shows it."""
+def _judge(response: Tensor, patches: Patches) -> Verdict:
+    """How well the response (K,h,w) lies at the patches."""
     relative = _relative(response)
     expected = {1: patches.rows, 2: patches.columns}
-    axes = [axis for axis in expected if relative.shape[axis] > 1]
+    axes = [axis for axis in expected if relative.shape[axis] > 1 and expected[axis].unique().numel() > 1]  # type: ignore[no-untyped-call]
+    if not axes:
+        return Verdict(0.0, wrong=False)
     centres = {axis: _centres(relative, axis) for axis in axes}
-    correlation = min(_correlation(centres[axis], expected[axis]) for axis in axes)
-    if _peak(relative) >= SHARP and any((centres[axis] - expected[axis]).abs().mean() > DISTANCE for axis in axes):
-        correlation = 0.0
+    correlations = {axis: _correlation(centres[axis], expected[axis]) for axis in axes}
+    strength = min(correlations.values()) / CORRELATION
+    peaks = {axis: _peak(_along(response, axis)) for axis in axes}
+    distances = {axis: float((centres[axis] - expected[axis]).abs().mean()) for axis in axes}
+    elsewhere = {axis for axis in axes if correlations[axis] < CORRELATION or distances[axis] > DISTANCE}
+    wrong = any(peaks[axis] >= CLEAR for axis in elsewhere)
+    hits = _share_of_hits(relative, {axis: expected[axis] for axis in axes})
+    return Verdict(max(0.0 if wrong else strength, hits / PEAKS), wrong)
+
+
+def _peak(relative: Tensor) -> float:
+    """The largest value of each patch's relative response, the median over the patches."""
+    return float(relative.flatten(1).amax(dim=1).median())
+
+
+def _along(response: Tensor, axis: int) -> Tensor:
+    """The relative response along one axis alone, (K,n): flat where every patch reaches all of it."""
+    return _relative(response.sum(dim=3 - axis))
+
+
+def _share_of_hits(relative: Tensor, expected: Mapping[int, Tensor]) -> float:
+    """The share of patches whose peak lies in a cell that the patch overlaps."""
     peaks = torch.stack(torch.unravel_index(relative.flatten(1).argmax(dim=1), relative.shape[1:]))
     hit = torch.ones(len(relative), dtype=torch.bool)
-    for axis in axes:
-        distance = (peaks[axis - 1] + 0.5) / relative.shape[axis] - expected[axis]
-        hit &= distance.abs() < 0.5 / relative.shape[axis] + 0.5 / PATCHES  # the peak's cell and the patch overlap
-    return max(correlation / CORRELATION, float(hit.float().mean()) / PEAKS)
+    for axis, places in expected.items():
+        distance = (peaks[axis - 1] + 0.5) / relative.shape[axis] - places
+        hit &= distance.abs() < 0.5 / relative.shape[axis] + 0.5 / PATCHES
+    return float(hit.float().mean())
 
 
 def _centres(relative: Tensor, axis: int) -> Tensor:

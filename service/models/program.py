@@ -19,6 +19,8 @@ from torch import Tensor, fx, nn
 
 from service.errors import ModelLoadError
 from service.models import kept
+from service.models.grids import Grid
+from service.models.noise import Noise
 from service.models.nonlinearities import Nonlinearities
 from service.models.outputs import Confidence, logits_of
 
@@ -110,15 +112,23 @@ class Program:
     """A captured network and what is made of it: cuts, and rewrites with other gradients, made once and kept."""
 
     def __init__(
-        self, graph_module: fx.GraphModule, activation: str = "logits", confidence: Confidence | None = None
+        self,
+        graph_module: fx.GraphModule,
+        activation: str = "logits",
+        confidence: Confidence | None = None,
+        noise: Noise | None = None,
     ) -> None:
         """`activation` says what the network returns; a trailing softmax or sigmoid is cut off.
 
-        `confidence` says how probabilities are made of the logits, None: by what the network ends in.
+        `confidence` says how probabilities are made of the logits, None: by what the network ends in. `noise` makes the
+        pictures on which the network is tried.
 
         Raises ModelLoadError where the output is not one score per class.
         """
         self.source = graph_module
+        self.noise = noise or Noise()
+        self.places: dict[str, Grid | str] = {}
+        """Where the places of nodes lie in the picture as far as that is known, by the node's name."""
         self.logits = logits_of(graph_module.graph, activation)
         self.nodes: tuple[fx.Node, ...] = tuple(graph_module.graph.nodes)
         self.images = next(node for node in self.nodes if node.op == "placeholder")

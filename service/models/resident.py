@@ -19,6 +19,7 @@ from service.models.architectures import build, digest
 from service.models.heads import DTYPES, Heads
 from service.models.labels import read_labels
 from service.models.layers import LayerTable, Target
+from service.models.noise import Noise
 from service.models.outputs import check_scores, confidence_of
 from service.models.program import Program, capture
 from service.models.proof import proven_layers
@@ -92,13 +93,14 @@ def load(
     height, width = spec.input.size
     module = module.to(device)
     example = torch.zeros(2, 3, height, width, device=device)
-    scores = _scores(module, example)
+    noise = Noise.of(spec.input.mean, spec.input.std)
+    scores = _scores(module, noise.pictures(2, example, seed=0))
     confidence = confidence_of(spec.output.activation, spec.output.confidence, scores.shape[1])
     labels = read_labels(spec, folder, scores.shape[1])
     revision = digest(spec, labels, module, folder)
     stem = f"{revision.removeprefix('sha256:')}-{device}".replace(":", "-")
     graph = capture(module, example, captured and captured / f"{stem}.pt2")
-    program = Program(graph, spec.output.activation, confidence)
+    program = Program(graph, spec.output.activation, confidence, noise)
     check_scores(scores, spec.output.activation)
     layers = proven_layers(program, captured and captured / f"{stem}.layers.json")
     reduced = _reduced(module, spec, example, captured and captured / f"{stem}-{spec.serving.precision}.pt2")
@@ -118,14 +120,13 @@ def _reduced(
     return program, LayerTable(program, trusted=True)
 
 
-def _scores(module: nn.Module, example: Tensor) -> Tensor:
-    """What the eager network returns for noise in the shape of `example`, (N,classes)."""
-    noise = torch.randn(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
+def _scores(module: nn.Module, noise: Tensor) -> Tensor:
+    """What the eager network returns for pictures of noise, (N,classes)."""
     try:
         with torch.no_grad():
             scores = module(noise)
     except Exception as error:
-        raise ModelLoadError(f"the network fails on its input {tuple(example.shape)}: {error}") from error
+        raise ModelLoadError(f"the network fails on its input {tuple(noise.shape)}: {error}") from error
     if not isinstance(scores, Tensor) or scores.ndim != 2:
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ModelLoadError(f"the network's output is no (batch, classes) tensor of scores but {shape}")

@@ -25,6 +25,7 @@ from service.workers.loader import Loader
 from service.workers.loading import describe
 from service.workers.messages import (
     BEAT_S,
+    EXIT_POISONED,
     Beat,
     Cancel,
     Hello,
@@ -36,9 +37,6 @@ from service.workers.messages import (
     ToParent,
     Unload,
 )
-
-EXIT_POISONED = 70
-"""The exit code of a worker whose device is lost to it."""
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +75,7 @@ def _take_messages(connection: Connection, engine: Engine, loader: Loader, send:
     while not isinstance(message := connection.recv(), Stop):
         match message:
             case Job() as job:
-                engine.submit(job, send)
+                engine.submit(job, send, send)
             case Cancel(id=job_id):
                 engine.cancel(job_id)
             case Load() | Unload():

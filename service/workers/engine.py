@@ -14,7 +14,7 @@ from service.models.activations import ActivationCache
 from service.models.resident import Model
 from service.settings import Settings
 from service.workers.device import Device, cores
-from service.workers.messages import Answer, Done, ExplainRequest, Job
+from service.workers.messages import Answer, Done, ExplainRequest, Job, Parked
 from service.workers.priced import PricedExecutor
 from service.workers.run import DEFECT, Run
 
@@ -40,8 +40,11 @@ class Engine:
         self._changed = threading.Condition()
         self._own_ids = itertools.count(-1, -1)  # those of the server's jobs are positive
 
-    def submit(self, job: Job, answer: Callable[[Done], None]) -> None:
-        """Begin a job; `answer` is called with its outcome, on a thread of the engine."""
+    def submit(
+        self, job: Job, answer: Callable[[Done], None], park: Callable[[Parked], None] = lambda _parked: None
+    ) -> None:
+        """Begin a job. `answer` is called with its outcome, `park` when it begins to wait for its turn to decode and
+        when that has come, on threads of the engine."""
 
         def end(outcome: Answer | ServiceError, spent: float) -> None:
             try:
@@ -58,7 +61,7 @@ class Engine:
         if model is None:
             answer(Done(job.id, ModelUnloaded(f"Model {job.request.model_id!r} was unloaded.")))
             return
-        run = Run(job, model, self.device, self._edges, self._settings, end)
+        run = Run(job, model, self.device, self._edges, self._settings, end, park)
         with self._changed:
             self._runs[job.id] = run
         run.start()

@@ -17,6 +17,8 @@ Priority = Literal["interactive", "batch"]
 BEAT_S = 1.0
 BATCH_DELAY_S = 10.0
 """A request that may wait has its turn as if it had come so much later: it is passed, but never for long."""
+EXIT_POISONED = 70
+"""The exit code of a worker whose device is lost to it."""
 State = Literal["loading", "ready", "failed", "unloaded"]
 
 
@@ -243,5 +245,13 @@ class Done:
     spent: float = 0.0
 
 
+@dataclass(frozen=True)
+class Parked:
+    """Child to parent: this job waits for its turn to decode and holds no picture until then; or its turn has come."""
+
+    id: int
+    parked: bool
+
+
 ToChild = Job | Cancel | Load | Unload | Stop
-ToParent = Hello | Beat | Loading | ModelChanged | Loaded | Done
+ToParent = Hello | Beat | Loading | ModelChanged | Loaded | Parked | Done

@@ -6,6 +6,7 @@ Knows nothing of queues or HTTP: it tells a listener what arrived and what was l
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import shutil
 import tempfile
@@ -73,7 +74,7 @@ class Pool:
         self._failures: dict[str, int] = {}
         self._deaths: dict[str, float] = {}  # when a worker died that loaded the model, which no other has loaded since
         self._given_up: dict[str, str] = {}  # the reasons
-        self._folder: tempfile.TemporaryDirectory[str]
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._capture: Capture | None = None
         self._left: dict[Path, float] = {}
         self._starts: set[asyncio.Task[None]] = set()
@@ -124,7 +125,7 @@ class Pool:
         """The reason why not."""
         reason = None
         for _ in range(MAX_CAPTURES):
-            self._capture = capture = Capture(entry, device, Path(self._folder.name), self._settings.load_timeout_s)
+            self._capture = capture = Capture(entry, device, self._place, self._settings.load_timeout_s)
             try:
                 reason = await asyncio.to_thread(capture.run)
             finally:
@@ -132,6 +133,12 @@ class Pool:
             if not capture.died:
                 break
         return reason
+
+    @property
+    def _place(self) -> Path:
+        """Where workers have their temporary folders."""
+        assert self._folder is not None
+        return Path(self._folder.name)
 
     def _scan(self) -> dict[str, Entry]:
         try:
@@ -169,20 +176,23 @@ class Pool:
         for worker in self.workers:
             worker.stop()
         await asyncio.to_thread(_wait_or_kill, tuple(self.workers), timeout_s)
-        self._folder.cleanup()
+        if self._folder:
+            self._folder.cleanup()
 
     def kill(self) -> None:
         """End every process and remove their folder at once, whatever is under way. A signal handler may call it."""
         if self._capture:
             self._capture.cancel()
         for worker in self.workers:
-            worker.kill()
-            shutil.rmtree(worker.folder.parent, ignore_errors=True)
+            with contextlib.suppress(Exception):  # the threads that watch the process may be at it too
+                worker.kill()
+        if self._folder:
+            shutil.rmtree(self._folder.name, ignore_errors=True)
 
     async def _start_worker(self, device: str) -> None:
         entries = tuple(self._entries.values())
         try:
-            worker = Worker(device, self._settings, entries, Path(self._folder.name), self._receive)
+            worker = Worker(device, self._settings, entries, self._place, self._receive)
         except OSError:
             logger.exception("worker %s could not be prepared", device)
             self._start_again(device)
@@ -271,8 +281,9 @@ class Pool:
         self.workers.remove(worker)
         for model_id, reason in self._given_up.items():
             self._fail(model_id, reason)  # it may have been the last that served it
-        for asked in worker.asked.values():
-            asked.set_result(None)
+        jobs_may_be_to_blame = self._judge(worker)
+        for model_id, asked in worker.asked.items():
+            asked.set_result(self._given_up.get(model_id))
         if self._stopping:
             return
         self._left[worker.folder] = time.monotonic()
@@ -285,7 +296,7 @@ class Pool:
             len(worker.jobs),
             delay,
         )
-        self._listener.lost(tuple(sorted(worker.jobs)), self._judge(worker))
+        self._listener.lost(tuple(sorted(worker.jobs)), jobs_may_be_to_blame)
 
     def _start_again(self, device: str) -> float:
         """Start a worker in so many seconds as it returns: the more, the more often this failed in a row."""
@@ -300,14 +311,15 @@ class Pool:
     def _judge(self, worker: Worker) -> bool:
         """Whether its jobs may be to blame for its end.
 
-        A model is given up when a worker dies while it loads it, for whatever reason, and another that began later too.
+        A model is given up when a worker dies while it loads it, and another that began later too; but not where jobs
+        ran beside the load that may have poisoned the device.
         """
         if worker.hung:
             return True
         model_id = worker.loading
         if model_id is None:
             return worker.crashed
-        if model_id in self._entries:
+        if model_id in self._entries and not (worker.poisoned and worker.jobs):
             died = self._deaths.setdefault(model_id, time.monotonic())
             if died < worker.loading_since:
                 self._give_up(model_id, f"two workers in a row died while they loaded it; the last {worker.ending}")

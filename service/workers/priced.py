@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 DEAR_S = 0.25
 """Work that takes longer is dear."""
-PATIENCE = 10.0
-"""Work of one second has its turn as if it had come so many seconds later: it is passed, but never for ever."""
+PATIENCE, LONGEST_S = 10.0, 5.0
+"""Work of one second has its turn as if it had come PATIENCE seconds later, but never more than LONGEST_S."""
 
 Work = Callable[[], None]
 
@@ -34,7 +34,7 @@ class PricedExecutor:
         """Have `work`, which takes about so many seconds and raises nothing, done by one of the threads."""
         line = self._dear if seconds > DEAR_S else self._quick
         with self._lock:
-            heapq.heappush(line, (time.monotonic() + PATIENCE * seconds, next(self._numbers), work))
+            heapq.heappush(line, (time.monotonic() + min(PATIENCE * seconds, LONGEST_S), next(self._numbers), work))
         self._executor.submit(self._work)
 
     def close(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from service.settings import Settings
 from service.workers.compute import Explained
 from service.workers.device import Computed, Device, Item, Order, abandoned, bare
 from service.workers.edges import Picture, decode_picture, look_at, render_picture, render_seconds
-from service.workers.messages import Answer, Job, PictureResult
+from service.workers.messages import Answer, Job, Parked, PictureResult
 from service.workers.plan import Plan, make_plan
 from service.workers.priced import DEAR_S, PricedExecutor
 from service.workers.stages import Span, Stages
@@ -56,6 +55,7 @@ class Run:
         edges: PricedExecutor,
         settings: Settings,
         end: Callable[[Answer | ServiceError, float], None],
+        park: Callable[[Parked], None],
     ) -> None:
         """`edges` decodes and renders. `end` is called with the outcome and the seconds that the device worked for it,
         on a thread of the edges or the device."""
@@ -66,6 +66,9 @@ class Run:
         self._edges = edges
         self._settings = settings
         self._end = end
+        self._park = park
+        self._id = job.id
+        self._parked = False
         self._life = Life(job.deadline)
         self._lock = threading.Lock()
         self._steps = 0  # that wait or run
@@ -112,15 +115,21 @@ class Run:
     def _decode_part(self, plan: Plan, start: int) -> None:
         part = range(len(self._request.pictures))[start : start + self._device.max_batch]
         self._undecoded = len(part)
-        for index in part:
-            self._later(0, self._stages.decode, self._decode, plan, part, index)
+        # What is opened is dropped: some formats reserve memory for their pixels.
+        seconds = max((look_at(index, self._request, self._settings).seconds for index in part), default=0.0)
+        self._set_parked(seconds > DEAR_S and not self._pictures)
+        for index in part:  # all in the turn of the slowest, or the others would wait decoded for it
+            self._later(seconds, self._stages.decode, self._decode, plan, part, index)
 
-    def _decode(self, plan: Plan, part: range, index: int, most_s: float = DEAR_S) -> None:
-        """Decode a picture, or wait for another turn where that takes longer than `most_s`."""
+    def _set_parked(self, parked: bool) -> None:
+        with self._lock:
+            changed, self._parked = parked != self._parked, parked
+        if changed:
+            self._park(Parked(self._id, parked))
+
+    def _decode(self, plan: Plan, part: range, index: int) -> None:
+        self._set_parked(False)
         opened = look_at(index, self._request, self._settings)
-        if opened.seconds > most_s:  # what was opened is dropped: some formats reserve memory for their pixels
-            self._later(opened.seconds, self._stages.decode, self._decode, plan, part, index, math.inf)
-            return
         picture = decode_picture(index, opened, self._model, self._request)
         with self._lock:
             self._count_pixels(picture, len(plan.tasks) * max(1, len(plan.classes[index])))

@@ -21,12 +21,15 @@ from service.settings import Settings
 from service.workers import entry
 from service.workers.entry import SURVIVED
 from service.workers.messages import (
+    EXIT_POISONED,
     Beat,
     Cancel,
+    Done,
     Hello,
     Job,
     Loading,
     ModelInfo,
+    Parked,
     Stop,
     ToChild,
     ToParent,
@@ -54,6 +57,8 @@ class Worker:
         context = _context(device)
         self.device = device
         self.jobs: dict[int, Job] = {}
+        self.parked: set[int] = set()
+        """Jobs that wait for their turn to decode and take no room meanwhile."""
         self.models: dict[str, ModelInfo] = {}
         self.capacity = 0
         self.slots = 1
@@ -101,6 +106,10 @@ class Worker:
                 self.capacity, self.slots = message.capacity, message.slots
             case Loading():
                 self.loading, self.loading_since = message.model_id, time.monotonic()
+            case Parked(parked=True):
+                self.parked.add(message.id)
+            case Parked() | Done():
+                self.parked.discard(message.id)
 
     def has(self, model_id: str) -> bool:
         """Whether this worker can explain with the model now."""
@@ -113,11 +122,12 @@ class Worker:
 
     def has_room(self, passable: bool) -> bool:
         """Whether it takes another job. Those that others may pass leave a quarter of its room to these."""
-        if self.pictures >= self.capacity:
+        active = [job for job in self.jobs.values() if job.id not in self.parked]
+        if sum(len(job.request.pictures) for job in active) >= self.capacity:
             return False
         if not passable:
             return True
-        taken = sum(len(job.request.pictures) for job in self.jobs.values() if job.passable)
+        taken = sum(len(job.request.pictures) for job in active if job.passable)
         return taken < max(1, self.capacity * 3 // 4)
 
     def hangs(self, hang_s: float) -> bool:
@@ -137,6 +147,11 @@ class Worker:
     def crashed(self) -> bool:
         """Whether the process is gone by a signal that it brought upon itself."""
         return -(self.process.exitcode or 0) in CRASHES
+
+    @property
+    def poisoned(self) -> bool:
+        """Whether the process left because its device was lost to it."""
+        return self.process.exitcode == EXIT_POISONED
 
     @property
     def ending(self) -> str:

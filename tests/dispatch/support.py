@@ -30,6 +30,7 @@ from service.workers.messages import (
     MethodInfo,
     ModelChanged,
     ModelInfo,
+    Parked,
     Timings,
     ToChild,
     ToParent,
@@ -102,6 +103,7 @@ class FakeWorker(Worker):
         self.stalled_s = 0.0
         self.heard = math.inf
         self.hung = False
+        self.parked = set()
         self.loading = None
         self.loading_since = 0.0
         self.asked = {}
@@ -165,6 +167,10 @@ class FakeWorker(Worker):
 
     def beat(self, stalled_s: float = 0.0) -> None:
         self._tell(self, Beat(stalled_s))
+
+    def park(self, job_id: int, parked: bool) -> None:
+        """Say that a job waits for its turn to decode, or that this has come."""
+        self._tell(self, Parked(job_id, parked))
 
     def die(self, exit_code: int = -9) -> None:
         cast(Any, self.process).exitcode = exit_code

@@ -716,3 +716,22 @@ async def test_the_door_is_closed_before_a_body_is_read() -> None:
             bench.dispatcher.check_open("tiny")
         bench.worker.finish(1)
         await waiting
+
+
+@on_loop
+async def test_a_job_that_waits_for_its_turn_to_decode_takes_no_room() -> None:
+    async with Bench() as bench:
+        bench.worker.serve("tiny", capacity=1)
+        slow = await bench.ask()
+        quick = await bench.ask()
+        assert bench.worker.ids == [1]
+        bench.worker.park(1, True)
+        assert bench.worker.ids == [1, 2]
+        bench.worker.park(1, False)
+        later = await bench.ask()
+        bench.worker.finish(2)
+        assert bench.worker.ids == [1, 2], "the slow one decodes, and takes the room"
+        bench.worker.finish(1)
+        assert bench.worker.ids == [1, 2, 3]
+        bench.worker.finish(3)
+        await asyncio.gather(slow, quick, later)

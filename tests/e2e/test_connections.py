@@ -85,6 +85,7 @@ def flood_and_read(server: Server, first: bytes, more: bytes, until: float) -> N
 
 ATTACKS: dict[str, tuple[Callable[[Server, bytes, bytes, float], None], bytes, bytes]] = {
     "trailers": (flood, CHUNKED + b"0\r\n", b"a: b\r\n" * 20_000),
+    "trailers behind a chunk": (flood, CHUNKED + b"1\r\na\r\n0\r\n", b"a: b\r\n" * 20_000),
     "a chunk extension": (flood, CHUNKED + b"1;", b"a" * 200_000),
     "chunk extensions": (flood, CHUNKED, (b"1;" + b"a" * 4000 + b"\r\na\r\n") * 50),
     "chunks of one byte": (flood, CHUNKED, b"1\r\na\r\n" * 30_000),
@@ -164,6 +165,56 @@ def test_over_the_limit_probes_are_answered_and_all_else_is_refused(limited: Ser
         open_now = sum(one.status == "ESTABLISHED" for one in connections("tcp"))
         assert open_now <= MAX_CONNECTIONS + RESERVE
     wait_until(lambda: httpx.get(f"{limited.url}/models").status_code == 200, 10)
+
+
+def test_trailers_count_behind_a_body_and_to_their_end(server: Server) -> None:
+    trailers = b"a:\r\n" * 10_000 + b"\r\n"
+    for body in (b"0\r\n", b"1\r\na\r\n0\r\n"):
+        with connect(server) as connection:
+            connection.sendall(CHUNKED + body + trailers)
+            (reply,) = replies(until_closed(connection))
+        assert (reply.status, reply.problem["code"]) == (431, "headers_too_large")
+
+
+@pytest.mark.parametrize("between", [b"", b"\r\n", b"\r\n\r\n"])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_an_empty_line_behind_a_body_stands_for_nothing(server: Server, between: bytes, at_once: bool) -> None:
+    """As some clients send it (RFC 9112, 2.2)."""
+    first = head("Content-Type: text/plain", "Content-Length: 3", url="/nowhere", close=False) + b"abc"
+    parts = (
+        [first + between + head(verb="GET", url="/livez")]
+        if at_once
+        else [first, between, head(verb="GET", url="/livez")]
+    )
+    with connect(server) as connection:
+        for part in parts:
+            connection.sendall(part)
+            threading.Event().wait(0.05)
+        answers = replies(until_closed(connection))
+    assert [reply.status for reply in answers] == [404, 200]
+
+
+def test_a_connection_leaves_the_reserve_when_there_is_room(limited: Server) -> None:
+    with ExitStack() as stack:
+        taken = [stack.enter_context(connect(limited)) for _ in range(MAX_CONNECTIONS)]
+        early = stack.enter_context(connect(limited))
+        early.sendall(LIVE[:10])
+        wait_until(lambda: httpx.get(f"{limited.url}/models").status_code == 503, 10)
+        for connection in taken:
+            connection.close()
+        wait_until(lambda: httpx.get(f"{limited.url}/models").status_code == 200, 10)
+        early.sendall(LIVE[10:] + head(verb="GET", url="/models"))
+        assert [reply.status for reply in replies(until_closed(early))] == [200, 200]
+
+
+def test_a_refused_sender_of_a_large_body_sees_the_refusal(limited: Server) -> None:
+    """The connection is closed behind the body: earlier, the reset might overtake the answer."""
+    with ExitStack() as stack:
+        for _ in range(MAX_CONNECTIONS):
+            stack.enter_context(connect(limited))
+        wait_until(lambda: httpx.get(f"{limited.url}/models").status_code == 503, 10)
+        refused = httpx.post(f"{limited.url}/models/tiny/heatmap", content=bytes(20_000_000), timeout=30)
+        assert (refused.status_code, refused.json()["code"]) == (503, "too_many_connections")
 
 
 def test_the_server_is_well(server: Server, photograph: bytes) -> None:

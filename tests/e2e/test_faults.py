@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from service.app import SAME_SIGNAL_S
 from tests.conftest import write_tiny
 from tests.server import Server, is_worker, running, wait_until
 from tests.threads import repeating
@@ -195,6 +196,9 @@ def test_a_second_sigterm_ends_all_at_once(tmp_path: Path, chelsea: bytes, step:
         elif ready:
             with server.client() as client:
                 wait_until(lambda: client.get("/readyz").status_code == 503, 5, server)
+        server.signal(signal.SIGTERM)  # as a process group sends it: it counts as one
+        time.sleep(SAME_SIGNAL_S)
+        assert server.process.poll() is None
         server.signal(signal.SIGTERM)
         assert server.wait_exit(timeout_s=4) == 128 + signal.SIGTERM
         wait_until(lambda: not any(alive(process) for process in family), 10, server)

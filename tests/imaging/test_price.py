@@ -27,6 +27,15 @@ def test_a_tiny_lossless_webp_of_many_pixels_is_dear() -> None:
     assert seconds(data) > 50 * seconds(encoded(FLAT, "BMP"))
 
 
+def test_other_pages_of_a_scan_cost_only_their_bytes() -> None:
+    """Pillow decodes the first one; each page has scans of its own."""
+    page = Image.effect_noise((600, 800), 50).convert("RGB")
+    one = encoded(page, "TIFF", compression="jpeg")
+    many = encoded(page, "TIFF", compression="jpeg", save_all=True, append_images=[page] * 19)
+    assert len(many) > 15 * len(one)
+    assert seconds(many) - seconds(one) < 7e-9 * len(many)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_the_price_grows_with_the_pixels(kind: str) -> None:
     large, little = (seconds(encoded(FLAT.resize(size), kind)) for size in ((1280, 960), (640, 480)))

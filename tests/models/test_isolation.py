@@ -16,6 +16,7 @@ MIXTURES: dict[str, Callable[[Tensor], Tensor]] = {
     "the batch's mean": lambda x: x - x.mean(0),
     "the batch's maximum": lambda x: x / x.abs().amax(),
     "the next picture": lambda x: x + x.roll(1, 0),
+    "the next but one": lambda x: x + x.roll(2, 0),
     "the pictures before": lambda x: x.cumsum(0),
     "the pictures behind": lambda x: x.flip(0).cumsum(0).flip(0),
     "a softmax over the batch": lambda x: x.softmax(0),
@@ -67,7 +68,23 @@ def test_scores_that_are_not_finite_do_not_pass_for_mixed() -> None:
             self.body = seeded(Varied)
 
         def forward(self, x: Tensor) -> Tensor:
-            scores: Tensor = self.body(x) + torch.where(x.amax(dim=(1, 2, 3)) > 10, torch.inf, 0)[:, None]
+            scores: Tensor = self.body(x) + torch.tensor([0, -torch.inf, 0, 0, 0, 0, 0])
             return scores
 
     check_isolation(program_of(Overflowing().eval(), 12))
+    with pytest.raises(ModelLoadError, match="change with the other pictures"):
+        check_isolation(program_of(nn.Sequential(Mixed(MIXTURES["the batch's mean"]), Masked()).eval(), 12))
+
+
+class Masked(nn.Module):
+    def forward(self, scores: Tensor) -> Tensor:
+        return scores + torch.tensor([0, -torch.inf, 0, 0, 0, 0, 0])
+
+
+def test_scores_of_which_none_is_finite_are_refused() -> None:
+    class Nothing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean(dim=(2, 3)) * torch.nan
+
+    with pytest.raises(ModelLoadError, match="finite"):
+        check_isolation(program_of(Nothing(), 12))

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.models.grids import Grid
+from service.models.isolation import check_isolation
 from service.models.layers import Layer, LayerTable
+from service.models.noise import Noise
 from service.models.places import PATCHES, UNSHOWN, make_patches
-from tests.nets import from_timm, program_of, seeded, table
+from service.models.program import Program, capture
+from tests.nets import deep, from_timm, program_of, seeded, table
 
 SIDE = 32
 TOKENS = 8  # a side of the grid of patches
@@ -151,6 +154,47 @@ def test_what_has_the_shape_of_a_map_and_is_none_is_refused(network: str, side: 
     assert of.default is not None
 
 
+@pytest.mark.parametrize("size", [(32, 256), (40, 300), (256, 32), (64, 64)])
+def test_every_map_of_a_resnet_is_a_target_on_thin_pictures(size: tuple[int, int]) -> None:
+    """Where a few rows are all inside the receptive field they say nothing, and contradict nothing."""
+    of = LayerTable(program_of(deep("resnet18")[0], size))
+    assert [(one.name, one.reason) for one in of.rows if one.reason == UNSHOWN] == []
+
+
+@pytest.mark.parametrize("padding", [(0, 16, 0, 0), (0, 0, 16, 0)])
+def test_a_picture_that_the_network_pads_is_not_where_its_places_say(padding: tuple[int, int, int, int]) -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 16, 4, stride=4)
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.head(self.patches(F.pad(x, padding)).relu().mean(dim=(2, 3)))
+            return scores
+
+    assert row(LayerTable(program_of(seeded(Padded), 48)), "patches").reason == UNSHOWN
+
+
+def test_what_only_takes_real_pixels_is_tried_with_those() -> None:
+    """A gamma is no number where a pixel would be negative."""
+
+    class Gamma(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Conv2d(3, 8, 3, padding=1)
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.head(self.last(x.pow(1 / 2.2)).relu().mean(dim=(2, 3)))
+            return scores
+
+    graph = capture(seeded(Gamma), torch.zeros(2, 3, 16, 16))
+    of = LayerTable(Program(graph, noise=Noise.of((0, 0, 0), (1, 1, 1))))
+    assert row(of, "last").reason is None
+    check_isolation(of._program)
+
+
 @pytest.mark.parametrize("size", [(32, 32), (7, 3), (224, 100), (1, 9)])
 def test_the_patches_are_where_they_are_said_to_be_and_nothing_else_changes(size: tuple[int, int]) -> None:
     program = program_of(seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * size[0] * size[1], 2))), size)
@@ -161,6 +205,7 @@ def test_the_patches_are_where_they_are_said_to_be_and_nothing_else_changes(size
         top_left, bottom_right = where.amin(dim=0), where.amax(dim=0) + 1
         assert len(where) == (bottom_right - top_left).prod()
         assert torch.allclose((top_left + bottom_right) / 2 / torch.tensor(size), torch.stack([down, across]))
+    assert patches.copies.abs().max() <= 2
     if min(size) >= PATCHES:
         assert torch.corrcoef(torch.stack([patches.rows, patches.columns]))[0, 1].abs() < 0.1
 

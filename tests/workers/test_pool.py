@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from service.errors import PictureQuarantined, WorkerLost
-from service.models.repository import scan
+from service.models.repository import Entry, scan
 from service.settings import Settings
-from service.workers.messages import Answer, Done, ExplainRequest, Job, ModelInfo, ToParent
+from service.workers.messages import EXIT_POISONED, Answer, Done, ExplainRequest, Job, Load, ModelInfo, ToParent
 from service.workers.pool import MAX_BACKOFF_S, Pool, _wait_or_kill
 from service.workers.worker import Worker
 from tests.conftest import DATA, write_tiny
@@ -318,7 +318,7 @@ async def test_it_stops_while_a_worker_is_being_started(monkeypatch: pytest.Monk
 
     bench = Bench()
     async with bench:
-        folder = Path(bench.pool._folder.name)
+        folder = bench.pool._place
         monkeypatch.setattr(FakeWorker, "start", start)
         bench.worker.die()
         await asyncio.to_thread(entered.wait, 30)
@@ -395,6 +395,34 @@ async def test_any_second_death_in_a_row_fails_the_model_and_no_first_one(exit_c
         assert bench.pool.models["deadly"].state == "failed"
         fresh.serve("tiny")
         assert fresh.serves
+
+
+@on_loop
+async def test_a_device_that_jobs_may_have_poisoned_does_not_count_against_the_model_that_loads(
+    waits: list[float],
+) -> None:
+    async with Bench("tiny", "large") as bench:
+        worker = bench.worker
+        for _ in range(3):
+            worker.hello()
+            worker.load("large")
+            worker.jobs[1] = explain(1)
+            worker.die(EXIT_POISONED)
+            worker = await bench.started()
+        assert bench.pool.models["large"].state == "loading"
+
+
+@on_loop
+async def test_a_load_that_is_given_up_is_not_answered_as_done() -> None:
+    async with Bench("tiny", "endless", load_timeout_s=5) as bench:
+        bench.worker.serve("tiny", "endless")
+        answer = asyncio.ensure_future(bench.pool._ask_all(Load(Entry("endless", Path("endless"))), "endless"))
+        await asyncio.sleep(0)
+        bench.worker.load("endless")
+        bench.worker.loading_since -= 6
+        bench.pool._end_overdue_loads()
+        bench.worker.die(-signal.SIGKILL)
+        assert await answer == ["it was not loaded within 5 seconds"]
 
 
 @on_loop

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from service.workers.priced import DEAR_S, PATIENCE, PricedExecutor
+from service.workers.priced import DEAR_S, LONGEST_S, PricedExecutor
 
 WAIT_S = 30.0
 
@@ -47,7 +47,7 @@ def bench() -> Iterator[Bench]:
 def test_quick_work_passes_dear_work_that_waits(bench: Bench) -> None:
     bench.occupy(2 * DEAR_S)
     bench.occupy(0)
-    for name, seconds in (("dearest", 3.0), ("dear", 1.0), ("first", 0.0), ("second", 0.0)):
+    for name, seconds in (("dearest", 3.0), ("dear", 2 * DEAR_S - 0.1), ("first", 0.0), ("second", 0.0)):
         bench.executor.submit(seconds, partial(bench.note, name))
     bench.release.set()
     bench.executor.close()
@@ -69,8 +69,8 @@ def test_one_thread_is_left_to_quick_work(bench: Bench) -> None:
 def test_dear_work_is_not_passed_for_ever(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.occupy(0)
     bench.occupy(0)
-    bench.executor.submit(1.0, partial(bench.note, "dear"))
-    later = time.monotonic() + PATIENCE + 1
+    bench.executor.submit(4.0, partial(bench.note, "dear"))
+    later = time.monotonic() + LONGEST_S + 1
     monkeypatch.setattr(time, "monotonic", lambda: later)
     bench.executor.submit(0, partial(bench.note, "quick"))
     assert bench.executor._take() is not None  # what the next free thread would take
