@@ -43,7 +43,7 @@ def invalid(problems: Sequence[Mapping[str, Any]], values: object) -> InvalidReq
         FieldError(_pointer(problem["loc"], values), f"{problem['msg']}; got {echo(problem['input'])}.")
         for problem in problems[:MAX_ERRORS]
     )
-    return InvalidRequest(" ".join(f"{error.pointer}: {error.detail}" for error in found), errors=found)
+    return InvalidRequest(_summary(found), errors=found)
 
 
 def validate(kind: type[Fields], values: Mapping[str, object], beside: tuple[str, ...] = ()) -> Fields:
@@ -94,8 +94,13 @@ def _unknown_fields(unknown: Sequence[str], known: Sequence[str]) -> InvalidRequ
         FieldError(_pointer((name,), {name: None}), f"There is no such field.{_meant(name, known)}")
         for name in unknown[:MAX_ERRORS]
     )
-    detail = " ".join(f"{error.pointer}: {error.detail}" for error in found)
-    return InvalidRequest(f"{detail} The fields are {', '.join(known)}.", errors=found)
+    return InvalidRequest(f"{_summary(found)} The fields are {', '.join(known)}.", errors=found)
+
+
+def _summary(found: Sequence[FieldError]) -> str:
+    """The first error, and where the others are."""
+    more = f" {len(found) - 1} more: see errors." if len(found) > 1 else ""
+    return f"{found[0].pointer}: {found[0].detail}{more}"
 
 
 def _meant(name: str, known: Sequence[str]) -> str:

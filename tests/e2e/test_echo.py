@@ -42,6 +42,8 @@ def requests(word: str, picture: bytes) -> dict[str, dict[str, Any]]:
         nested = [nested] * 4
     return {
         "field name": fields(**{word: 1}),
+        "many field names": fields(**{f"{index}{word[:50_000]}": 1 for index in range(20)}),
+        "many classes": fields(target_classes=[[word]] * 20),
         **{
             f"field {name}": fields(**{name: word})
             for name in ("method", "target_classes", "gen_params", "top_k", "format", "encoding", "size", "colormap")
