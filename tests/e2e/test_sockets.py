@@ -481,7 +481,7 @@ def test_bodies_that_never_end_take_bounded_memory_together(guarded: Server) -> 
         ('{"gen_params": {"layers": 1' + "0" * 5000 + "}}", 400),
         ('{"gen_params": ' + '{"a":' * 400 + "1" + "}" * 400 + "}", 400),
         ('{"gen_params": ' + '{"a":' * 150 + "1" + "}" * 150 + "}", 422),
-        ("[" * 100_000, 400),
+        ("[" * 10_000, 400),
         ('{"alpha": "\\u0000"}', 422),
         ('{"method": "\\ud83d"}', 400),
     ],
