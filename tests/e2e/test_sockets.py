@@ -594,4 +594,4 @@ def test_the_server_is_well(guarded: Server, client: httpx.Client, photograph: b
     connections = psutil.Process(guarded.process.pid).net_connections
     wait_until(lambda: sum(one.status == "ESTABLISHED" for one in connections("tcp")) <= 1, 60, guarded)
     log = guarded.log.read_text()
-    assert not re.search(r"Traceback|defect|exited|Unhandled", log), log
+    assert not re.search(r"Traceback|defect|exited|Unhandled|Unsupported upgrade", log), log
