@@ -12,7 +12,7 @@ import pytest
 from service.api import fields
 from service.api.fields import MAX_JSON_ESCAPES, MAX_JSON_VALUES, MAX_JSON_WIDE_BYTES, Shape
 from service.api.middleware import MAX_QUERY_FIELDS
-from service.api.multipart import MAX_OPTIONS, TURN_BYTES, read_form
+from service.api.multipart import MAX_OPTIONS, read_form
 from service.errors import InvalidRequest
 from tests.api.support import Api, check_problem
 
@@ -122,4 +122,4 @@ def test_a_form_that_arrives_at_once_lets_others_have_their_turns() -> None:
         assert len(pictures[0]) == 400_000
 
     asyncio.run(read())
-    assert turns > 400_000 // TURN_BYTES - 2
+    assert turns > 400_000 // (32 * 1024) - 2
