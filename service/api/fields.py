@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
@@ -16,6 +17,7 @@ MAX_ERRORS = 10
 MAX_DIGITS = 15
 MAX_JSON_VALUES = 50_000
 MAX_JSON_ESCAPES = 1_000_000
+MAX_JSON_WIDE_BYTES = 8 * 1024 * 1024
 MAX_DEPTH = 200  # pydantic's JSON reader goes no deeper
 
 # What else might be taken for a field: the parameters of grad_cam, HALCON's among them, each with a value.
@@ -43,7 +45,7 @@ def invalid(problems: Sequence[Mapping[str, Any]], values: object) -> InvalidReq
         FieldError(_pointer(problem["loc"], values), f"{problem['msg']}; got {echo(problem['input'])}.")
         for problem in problems[:MAX_ERRORS]
     )
-    return InvalidRequest(" ".join(f"{error.pointer}: {error.detail}" for error in found), errors=found)
+    return InvalidRequest(_summary(found), errors=found)
 
 
 def validate(kind: type[Fields], values: Mapping[str, object], beside: tuple[str, ...] = ()) -> Fields:
@@ -94,8 +96,13 @@ def _unknown_fields(unknown: Sequence[str], known: Sequence[str]) -> InvalidRequ
         FieldError(_pointer((name,), {name: None}), f"There is no such field.{_meant(name, known)}")
         for name in unknown[:MAX_ERRORS]
     )
-    detail = " ".join(f"{error.pointer}: {error.detail}" for error in found)
-    return InvalidRequest(f"{detail} The fields are {', '.join(known)}.", errors=found)
+    return InvalidRequest(f"{_summary(found)} The fields are {', '.join(known)}.", errors=found)
+
+
+def _summary(found: Sequence[FieldError]) -> str:
+    """The first error, and where the others are."""
+    more = f" {len(found) - 1} more: see errors." if len(found) > 1 else ""
+    return f"{found[0].pointer}: {found[0].detail}{more}"
 
 
 def _meant(name: str, known: Sequence[str]) -> str:
@@ -159,21 +166,44 @@ class Shape:
     """Counts what makes JSON slow to parse while it arrives, for the parser holds the event loop.
 
     Every value follows a comma, a colon or an opening bracket. Base64 has none of them, and no backslash; but some
-    clients write its slashes as two characters, which are one in 64 of its characters.
+    clients write its slashes as two characters, which are one in 64 of its characters. A text is wide if a character
+    is not ASCII: one such character makes Python keep the whole text in up to four bytes for each character.
     """
 
     def __init__(self) -> None:
-        self._values = self._escapes = 0
+        self._values = self._escapes = self._wide = 0
+        self._held = b""  # a backslash at the end, so that no escape is cut in two
+        self._length = 0  # bytes since the last quotation mark
+        self._is_wide = False
 
     def add(self, chunk: bytes) -> None:
         """Raises InvalidRequest where there are too many."""
-        self._values += sum(map(chunk.count, b",:[{"))
+        chunk = self._held + chunk
+        self._held = chunk[-1:] if chunk.endswith(b"\\") else b""
+        chunk = chunk.removesuffix(b"\\")
+        self._values += sum(map(chunk.count, b",:[{")) + chunk.count(b'"') // 2
         self._escapes += chunk.count(b"\\")
         if self._values > MAX_JSON_VALUES:
-            limit = f"{MAX_JSON_VALUES} commas, colons and opening brackets"
+            limit = f"{MAX_JSON_VALUES} commas, colons, opening brackets and pairs of quotation marks"
             raise InvalidRequest(f"The JSON has more than {limit}; send fewer values.")
         if self._escapes > MAX_JSON_ESCAPES:
             raise InvalidRequest(f"The JSON has more than {MAX_JSON_ESCAPES} backslashes; send its texts unescaped.")
+        self._add_texts(chunk.split(b'"'))
+        if self._wide > MAX_JSON_WIDE_BYTES:
+            limit = f"{MAX_JSON_WIDE_BYTES} bytes of texts that are not ASCII"
+            raise InvalidRequest(f"The JSON has more than {limit}; a picture is base64, which is.")
+
+    def _add_texts(self, parts: list[bytes]) -> None:
+        """Count the bytes of wide texts. An escaped quotation mark ends none."""
+        for before, part in pairwise([b"\\", *parts]):
+            if not before.endswith(b"\\"):
+                self._length, self._is_wide = 0, False
+            self._length += len(part)
+            if self._is_wide:
+                self._wide += len(part)
+            elif not part.isascii() or b"\\u" in part:
+                self._is_wide = True
+                self._wide += self._length
 
 
 def read_json(text: str | bytes) -> Any:

@@ -14,6 +14,7 @@ from service.errors import MAX_ECHO, BodyTooLarge, MalformedBody, TooManyPicture
 
 MAX_FIELD_BYTES = 64 * 1024
 TURN_BYTES = 32 * 1024  # parsed before other connections have a turn: small parts are slow to parse
+MAX_OPTIONS = 32  # semicolons of one header: ten thousand of them take tens of milliseconds
 PICTURE_PARTS = ("image", "images")
 
 Texts = list[tuple[str, str]]
@@ -57,7 +58,7 @@ class _Form:
             self._disposition = self._value
 
     def on_headers_finished(self) -> None:
-        _, options = parse_options_header(self._disposition)
+        options = _options(self._disposition)
         if b"name" not in options:
             raise MalformedBody("A part of the form has no name in its Content-Disposition.")
         part = self.parts[-1]
@@ -109,8 +110,15 @@ async def read_form(
     return texts, [b"".join(part.chunks) for part in files]
 
 
+def _options(header: bytes) -> dict[bytes, bytes]:
+    """What stands behind the semicolons of a header."""
+    if header.count(b";") > MAX_OPTIONS:
+        raise MalformedBody(f"A header of the form has more than {MAX_OPTIONS} parameters.")
+    return parse_options_header(header)[1]
+
+
 async def _parse(form: _Form, content_type: str, chunks: AsyncIterator[bytes]) -> None:
-    _, options = parse_options_header(content_type)
+    options = _options(content_type.encode("latin-1"))
     if not options.get(b"boundary"):
         raise MalformedBody("The Content-Type of the form names no boundary.")
     parser = MultipartParser(

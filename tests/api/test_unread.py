@@ -16,25 +16,31 @@ import uvicorn
 from starlette.responses import Response, StreamingResponse
 
 from service.api.connection import bounded_connection
-from service.api.unread import SLICE_BYTES, Unread
+from service.api.unread import Unread
 from service.errors import AnswersUnread
 from service.settings import Settings
 from tests.api.support import StandIn, make_app
 from tests.server import wait_until
 
 LARGE = 12 * 2**20
+SLICE = 128 * 1024  # what must be read in WAIT_S
+SIZES = {"/whole": LARGE, "/streamed": LARGE, "/short": SLICE + 40_000}
 WAIT_S = 1.0
 
 
 @contextmanager
 def serving(**settings: Any) -> Iterator[int]:
-    """The API with two large answers beside it; yields its port."""
-    given = Settings(body_timeout_s=WAIT_S, **settings)
+    """The API with three answers beside it; yields its port."""
+    given = Settings(**{"body_timeout_s": WAIT_S, **settings})
     app = make_app(StandIn(), given)
 
     @app.get("/whole")
     async def whole() -> Response:
         return Response(b"w" * LARGE)
+
+    @app.get("/short")
+    async def short() -> Response:
+        return Response(b"s" * SIZES["/short"])
 
     @app.get("/streamed")
     async def streamed() -> Response:
@@ -71,16 +77,16 @@ def post(port: int) -> httpx.Response:
     return httpx.post(url, content=b"picture", headers={"content-type": "image/png"})
 
 
-@pytest.mark.parametrize("path", ["/whole", "/streamed"])
+@pytest.mark.parametrize("path", SIZES)
 def test_new_work_is_refused_while_answers_wait_to_be_read_and_taken_afterwards(path: str) -> None:
-    with serving(max_unread_bytes=LARGE - 1) as port:
+    """Also where all but the last bytes of an answer went into the kernel's buffers."""
+    with serving(max_unread_bytes=SIZES[path] - 1, body_timeout_s=60) as port:
         assert post(port).status_code == 200
         with ask_unread(port, path):
             wait_until(lambda: post(port).status_code == 503, 10)
             refused = post(port)
-            if refused.status_code == 503:
-                assert refused.json()["code"] == "answers_unread"
-                assert int(refused.headers["retry-after"]) >= 1
+            assert (refused.status_code, refused.json()["code"]) == (503, "answers_unread")
+            assert int(refused.headers["retry-after"]) >= 1
         wait_until(lambda: post(port).status_code == 200, 10)
 
 
@@ -110,7 +116,7 @@ def test_an_answer_that_is_read_steadily_arrives_whole(path: str) -> None:
             data = steady.recv(2**20)
             assert data, len(received)
             received += data
-            time.sleep(0.0 if time.monotonic() - began > 2.5 * WAIT_S else len(data) / (4 * SLICE_BYTES) * WAIT_S)
+            time.sleep(0.0 if time.monotonic() - began > 2.5 * WAIT_S else len(data) / (4 * SLICE) * WAIT_S)
         assert received.partition(b"\r\n\r\n")[2] == path[1:2].encode() * LARGE
 
 

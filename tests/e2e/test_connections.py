@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -145,11 +146,21 @@ def test_a_long_pipeline_is_answered_in_order(server: Server) -> None:
     assert [re.findall(r"/nowhere/\d+", reply.problem["detail"])[0] for reply in answers] == paths
 
 
+def established(server: Server) -> int:
+    connections = psutil.Process(server.process.pid).net_connections("tcp")
+    return sum(one.status == "ESTABLISHED" for one in connections)
+
+
+def take_all(server: Server, stack: ExitStack) -> list[socket.socket]:
+    """As many connections as may be open."""
+    taken = [stack.enter_context(connect(server)) for _ in range(MAX_CONNECTIONS)]
+    wait_until(lambda: established(server) >= MAX_CONNECTIONS, 10)
+    return taken
+
+
 def test_over_the_limit_probes_are_answered_and_all_else_is_refused(limited: Server) -> None:
-    connections = psutil.Process(limited.process.pid).net_connections
     with ExitStack() as stack:
-        taken = [stack.enter_context(connect(limited)) for _ in range(MAX_CONNECTIONS)]
-        wait_until(lambda: sum(one.status == "ESTABLISHED" for one in connections("tcp")) >= MAX_CONNECTIONS, 10)
+        taken = take_all(limited, stack)
         refused = httpx.get(f"{limited.url}/models")
         assert (refused.status_code, refused.json()["code"]) == (503, "too_many_connections")
         assert (refused.headers["connection"], refused.headers["retry-after"]) == ("close", "1")
@@ -159,12 +170,15 @@ def test_over_the_limit_probes_are_answered_and_all_else_is_refused(limited: Ser
             assert (answer.status_code, answer.headers["connection"]) == (200, "close")
         more = [stack.enter_context(connect(limited)) for _ in range(RESERVE + 20)]  # more than the reserve holds
         assert httpx.get(f"{limited.url}/livez").status_code == 200
+        more[0].settimeout(10)  # much less than a head may take
         assert until_closed(more[0]) == b""
         taken[0].sendall(head(verb="GET", url="/models"))
         assert until_closed(taken[0]).startswith(b"HTTP/1.1 200")
-        open_now = sum(one.status == "ESTABLISHED" for one in connections("tcp"))
-        assert open_now <= MAX_CONNECTIONS + RESERVE
+        assert established(limited) <= MAX_CONNECTIONS + RESERVE
     wait_until(lambda: httpx.get(f"{limited.url}/models").status_code == 200, 10)
+    with ExitStack() as stack:
+        take_all(limited, stack)
+        assert httpx.get(f"{limited.url}/models").status_code == 503  # the reserve has forgotten those of before
 
 
 def test_trailers_count_behind_a_body_and_to_their_end(server: Server) -> None:

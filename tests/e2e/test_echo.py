@@ -42,6 +42,8 @@ def requests(word: str, picture: bytes) -> dict[str, dict[str, Any]]:
         nested = [nested] * 4
     return {
         "field name": fields(**{word: 1}),
+        "many field names": fields(**{f"{index}{word[:50_000]}": 1 for index in range(20)}),
+        "many classes": fields(target_classes=[[word]] * 20),
         **{
             f"field {name}": fields(**{name: word})
             for name in ("method", "target_classes", "gen_params", "top_k", "format", "encoding", "size", "colormap")
@@ -95,7 +97,9 @@ def ascii_requests(word: str, picture: bytes) -> dict[str, dict[str, Any]]:
         "form without a boundary": raw(content_type=f"multipart/form-data; {word}"),
         "boundary": raw(content_type=f"multipart/form-data; boundary={word}"),
         "coding": raw(content_encoding=word),
+        "verb": raw("/models", word),
         "accept": raw(accept=word),
+        "accept of classes": raw("/models/tiny/infer", accept=word),
         "accept of the single heatmap": raw(f"{HEATMAP}?format=npy", accept=f"image/{word}"),
         "request id": raw("/nowhere", x_request_id=word),
         "key": raw("/models/tiny/load", x_api_key=word),

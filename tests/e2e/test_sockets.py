@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import struct
+import subprocess
 import time
 import zlib
 from collections.abc import Iterator
@@ -280,6 +282,17 @@ def test_a_request_keeps_its_body_where_it_asks_for_an_upgrade(guarded: Server, 
     request = head("Content-Type: image/png", length, *lines, close=False) + body
     first, second = ask(guarded, request + head(verb="GET", url="/nowhere"))
     assert (first.problem["code"], second.problem["code"]) == ("undecodable_picture", "path_not_found")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("data", [[], ["--data-binary", "@-", "-H", "Content-Type: image/jpeg"]], ids=["GET", "POST"])
+def test_curl_may_ask_for_http2(guarded: Server, photograph: bytes, data: list[str]) -> None:
+    url = guarded.url + ("/models/tiny/infer" if data else "/models")
+    command = ["curl", "--http2", "--silent", "--show-error", "--max-time", "60", *data, url]
+    answer = subprocess.run(
+        [*command, "--write-out", "\n%{http_version} %{http_code}"], input=photograph, capture_output=True
+    )
+    assert answer.stdout.endswith(b"\n1.1 200"), answer
 
 
 def test_a_target_may_name_the_host(guarded: Server) -> None:
@@ -582,4 +595,4 @@ def test_the_server_is_well(guarded: Server, client: httpx.Client, photograph: b
     connections = psutil.Process(guarded.process.pid).net_connections
     wait_until(lambda: sum(one.status == "ESTABLISHED" for one in connections("tcp")) <= 1, 60, guarded)
     log = guarded.log.read_text()
-    assert not re.search(r"Traceback|defect|exited|Unhandled", log), log
+    assert not re.search(r"Traceback|defect|exited|Unhandled|Unsupported upgrade", log), log
