@@ -80,7 +80,8 @@ def make_patches(program: Program) -> Patches:
         copies[row, :, top:bottom, left:right] = CONTRAST * change
         rows.append((top + bottom) / 2 / height)
         columns.append((left + right) / 2 / width)
-    return Patches(base[None].to(example.device), copies.to(example.device), torch.tensor(rows), torch.tensor(columns))
+    base, copies = (images.to(example.device, example.dtype) for images in (base[None], copies))
+    return Patches(base, copies, torch.tensor(rows), torch.tensor(columns))
 
 
 def _side(place: int, size: int) -> tuple[int, int]:

@@ -191,6 +191,17 @@ def test_a_degenerate_map_shows_no_colours(raw: list[float], npy: list[float]) -
     assert np.abs(shown(bad, format="heatmap", encoding="jpeg").astype(int) - PICTURE).max() < 80
 
 
+def test_a_map_that_cancelled_shows_no_colours_and_stays_in_npy() -> None:
+    def cancelled(rounding_error: float, **style: Any) -> NDArray[Any]:
+        return read(render(RAMP, FLAT, PICTURE, "none", Style(colormap="hot", **style), rounding_error))
+
+    for style in ({}, {"format": "heatmap"}, {"format": "gray"}, {"format": "gray16"}):
+        plain = shown(RAMP, "none", **style)
+        np.testing.assert_array_equal(cancelled(0.39, **style), plain)
+        np.testing.assert_array_equal(cancelled(0.41, **style), PICTURE if not style else np.zeros_like(plain))
+    assert cancelled(0.41, format="npy").tolist() == RAMP.tolist()
+
+
 def test_a_tiny_map_is_painted_as_its_multiple_is() -> None:
     tiny = RAMP * np.float32(1e-30)
     for format_ in ("overlay", "gray16", "npy"):
