@@ -57,8 +57,8 @@ def render(
 
     `picture` is what the answer lies over, uint8 (H, W, 3): the network's input in the size `model`, else the upright
     picture; an image's pixels are read only where the answer shows them. `rounding_error` is in the map's unit. A
-    degenerate map shows no colours, and one that is not finite is not scaled either. Raises InvalidRequest for an unknown colormap and for a side that the
-    encoding cannot hold.
+    degenerate map shows no colours, and one that is not finite is not scaled either. Raises InvalidRequest for an
+    unknown colormap and for a side that the encoding cannot hold.
     """
     flaw = degeneracy(raw, rounding_error)
     values, covered = resample(raw, geometry, style.size)

@@ -195,10 +195,11 @@ def test_a_map_that_cancelled_shows_no_colours_and_stays_in_npy() -> None:
     def cancelled(rounding_error: float, **style: Any) -> NDArray[Any]:
         return read(render(RAMP, FLAT, PICTURE, "none", Style(colormap="hot", **style), rounding_error))
 
-    for style in ({}, {"format": "heatmap"}, {"format": "gray"}, {"format": "gray16"}):
-        plain = shown(RAMP, "none", **style)
-        np.testing.assert_array_equal(cancelled(0.39, **style), plain)
-        np.testing.assert_array_equal(cancelled(0.41, **style), PICTURE if not style else np.zeros_like(plain))
+    for format_ in ("overlay", "heatmap", "gray", "gray16"):
+        plain = shown(RAMP, "none", format=format_)
+        np.testing.assert_array_equal(cancelled(0.39, format=format_), plain)
+        nothing = PICTURE if format_ == "overlay" else np.zeros_like(plain)
+        np.testing.assert_array_equal(cancelled(0.41, format=format_), nothing)
     assert cancelled(0.41, format="npy").tolist() == RAMP.tolist()
 
 
