@@ -38,7 +38,9 @@ def run(
 def _use(folder: Path | None) -> None:
     """Keep what is temporary in `folder`. The parent removes it: a process that is killed leaves unpacked packages."""
     if folder is None:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.devnull  # torch would look for a temporary folder at its import
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
+            os.sep
+        )  # torch needs a folder at its import; nothing is compiled into it
         return
     with contextlib.suppress(OSError):  # no room, or no right to write: it goes on with the common folder
         folder.mkdir()

@@ -57,8 +57,8 @@ def test_no_temporary_folder_and_a_home_that_is_read_only(models: Path, tmp_path
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(NOWHERE)
     python = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
-    environment = {"HOME": "/proc", "HEATMAP_COMPILED_HEADS": "2", "PYTHONPATH": python}
-    with running(tmp_path, "--models", str(models), **environment) as server, server.client() as client:
+    options = ("--models", str(models), "--compiled-heads", "2")
+    with running(tmp_path, *options, HOME="/proc", PYTHONPATH=python) as server, server.client() as client:
         assert is_served(client, chelsea)
         log = server.log.read_text()
         assert log.count("are not kept") == log.count("No usable temporary directory") == 1
