@@ -46,16 +46,21 @@ class Rendered:
 
 
 def render(
-    raw: Floats, geometry: Geometry, picture: Image.Image | Pixels, scaling: Scaling | None, style: Style
+    raw: Floats,
+    geometry: Geometry,
+    picture: Image.Image | Pixels,
+    scaling: Scaling | None,
+    style: Style,
+    rounding_error: float | None = None,
 ) -> Rendered:
     """One heatmap from a method's raw map, float32 (h, w), or signed (h, w, 3) with `scaling` None.
 
     `picture` is what the answer lies over, uint8 (H, W, 3): the network's input in the size `model`, else the upright
-    picture; an image's pixels are read only where the answer shows them. A degenerate map shows no colours, and one
-    that is not finite is not scaled either. Raises InvalidRequest for an unknown colormap and for a side that the
-    encoding cannot hold.
+    picture; an image's pixels are read only where the answer shows them. `rounding_error` is in the map's unit. A
+    degenerate map shows no colours, and one that is not finite is not scaled either. Raises InvalidRequest for an
+    unknown colormap and for a side that the encoding cannot hold.
     """
-    flaw = degeneracy(raw)
+    flaw = degeneracy(raw, rounding_error)
     values, covered = resample(raw, geometry, style.size)
     if scaling is not None and flaw != "not_finite":
         values = scale(values, scaling)

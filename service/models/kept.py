@@ -6,13 +6,18 @@ A digest tells damage. It tells nothing of an attacker, whom the folder has to k
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import logging
 import os
 import stat
+import tempfile
 import threading
 from pathlib import Path
 
 OTHERS = stat.S_IWGRP | stat.S_IWOTH
+
+logger = logging.getLogger(__name__)
 
 
 def write(path: Path, data: bytes | memoryview) -> None:
@@ -30,6 +35,12 @@ def write(path: Path, data: bytes | memoryview) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+@functools.cache  # said once, not for each model
+def say_not_kept(reason: str) -> None:
+    """Log that there is no place for files which only save time."""
+    logger.warning("captured programs are not kept, and models load more slowly: %s", reason)
 
 
 def read(path: Path) -> bytes | None:
@@ -53,4 +64,20 @@ def check_private(folder: Path) -> Path:
         sticky = place != folder and state.st_mode & stat.S_ISVTX  # others may add there, and touch nothing of ours
         if state.st_uid not in (os.getuid(), 0) or (state.st_mode & OTHERS and not sticky):
             raise PermissionError(f"{folder} is not used: others can write in {place}")
+    return folder
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str] | None:
+    """A new folder that only this user can write in, or None where there is no place for one, which is logged."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="heatmap-service-", ignore_cleanup_errors=True)
+    except OSError as error:
+        say_not_kept(str(error))
+        return None
+    try:
+        check_private(Path(folder.name))
+    except PermissionError as error:
+        folder.cleanup()
+        say_not_kept(str(error))
+        return None
     return folder

@@ -28,8 +28,8 @@ class PackageStore:
     def __init__(self, folder: Path, max_bytes: int) -> None:
         """Make the folder where it is missing. Raises OSError where it cannot be written, or others can write it."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._folder = kept.check_private(folder)
-        (self._folder / "lock").touch()
+        self.folder = kept.check_private(folder)
+        (self.folder / "lock").touch()
         self._max_bytes = max_bytes
 
     def find(self, key: str) -> Path | None:
@@ -43,7 +43,7 @@ class PackageStore:
                 logger.warning("package %s is dropped: it crashed the process that loaded it", key)
                 self.drop(key)
                 trace.unlink()  # last, for another process may be looking too
-        package = self._folder / key
+        package = self.folder / key
         if not package.exists():
             return None
         try:
@@ -62,17 +62,17 @@ class PackageStore:
 
         One process makes a package at a time, others wait; look for it again once inside.
         """
-        with (self._folder / "lock").open("w") as lock:
+        with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            for left in self._folder.glob("*.partial"):  # by processes that were killed: nobody else is inside
+            for left in self.folder.glob("*.partial"):  # by processes that were killed: nobody else is inside
                 shutil.rmtree(left, ignore_errors=True)
-            partial = self._folder / f"{key}.partial"
+            partial = self.folder / f"{key}.partial"
             partial.mkdir()
             try:
                 yield partial
                 if any(partial.iterdir()):
                     kept.write(partial / DIGEST, _digest(partial))
-                    partial.rename(self._folder / key)
+                    partial.rename(self.folder / key)
                     self._shrink(keep=key)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -97,14 +97,14 @@ class PackageStore:
                     self._trace(key).unlink(missing_ok=True)
 
     def _trace(self, key: str) -> Path:
-        return self._folder / f"{key}.crash"
+        return self.folder / f"{key}.crash"
 
     def drop(self, key: str) -> None:
         """Remove a package that is of no use."""
-        shutil.rmtree(self._folder / key, ignore_errors=True)
+        shutil.rmtree(self.folder / key, ignore_errors=True)
 
     def _shrink(self, keep: str) -> None:
-        packages = [entry for entry in self._folder.iterdir() if entry.is_dir() and not entry.suffix]
+        packages = [entry for entry in self.folder.iterdir() if entry.is_dir() and not entry.suffix]
         sizes = {package: _size(package) for package in packages}
         total = sum(sizes.values())
         for package in sorted(packages, key=lambda package: package.stat().st_mtime):

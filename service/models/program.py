@@ -77,12 +77,7 @@ def _keep(program: torch.export.ExportedProgram, file: Path) -> None:
         torch.export.save(program, memory)
         kept.write(file, memory.getbuffer())
     except Exception as error:
-        _say_not_kept(file.parent, getattr(error, "strerror", None) or str(error))
-
-
-@functools.cache  # said once, not for each model
-def _say_not_kept(folder: Path, reason: str) -> None:
-    logger.warning("captured programs are not kept in %s, and models load more slowly: %s", folder, reason)
+        kept.say_not_kept(f"{file.parent}: {getattr(error, 'strerror', None) or error}")
 
 
 def _module(program: torch.export.ExportedProgram) -> fx.GraphModule:

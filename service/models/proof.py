@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
@@ -13,8 +12,6 @@ from service.models.grids import Grid
 from service.models.isolation import check_isolation
 from service.models.layers import LayerTable
 from service.models.program import Program
-
-logger = logging.getLogger(__name__)
 
 
 def proven_layers(program: Program, file: Path | None = None) -> LayerTable:
@@ -30,7 +27,7 @@ def proven_layers(program: Program, file: Path | None = None) -> LayerTable:
         try:
             kept.write(file, _as_json(layers.places))
         except OSError as error:
-            logger.warning("the proof of the layers is not kept in %s, and is made anew each time: %s", file, error)
+            kept.say_not_kept(f"{file.parent}: {error.strerror or error}")
     return layers
 
 

@@ -41,7 +41,9 @@ from service.workers.messages import (
 logger = logging.getLogger(__name__)
 
 
-def main(connection: Connection, device: str, settings: Settings, entries: tuple[Entry, ...], folder: Path) -> None:
+def main(
+    connection: Connection, device: str, settings: Settings, entries: tuple[Entry, ...], folder: Path | None
+) -> None:
     """Serve until told to stop, or until the parent is gone."""
     logs.configure(settings.log_level, settings.log_format, device)
     lock = threading.Lock()
@@ -62,7 +64,8 @@ def main(connection: Connection, device: str, settings: Settings, entries: tuple
     try:
         _take_messages(connection, engine, loader, send)
     except (EOFError, OSError):  # the parent is gone, and nobody else would clean up
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
     engine.close()
     if compiler:
@@ -93,11 +96,15 @@ def _leave_poisoned() -> None:
     os._exit(EXIT_POISONED)
 
 
-def _compiler(engine: Engine, settings: Settings, folder: Path, changed: Callable[[Model], None]) -> Compiler | None:
+def _compiler(
+    engine: Engine, settings: Settings, folder: Path | None, changed: Callable[[Model], None]
+) -> Compiler | None:
     """The compiler, where heads are to be compiled and there is a place for them."""
     if not settings.compiled_heads:
         return None
     try:
+        if folder is None:
+            raise OSError("there is no temporary folder")
         store = PackageStore(settings.cache.expanduser(), settings.cache_bytes)
     except (OSError, RuntimeError) as error:  # of `expanduser` where there is no home
         logger.warning("no head is compiled, models are served eagerly: %s", error)

@@ -56,7 +56,7 @@ def compile_in_background(job: CompileJob) -> None:
             )
 
 
-def capture_in_background(entry: Entry, device: str, folder: Path) -> None:
+def capture_in_background(entry: Entry, device: str, folder: Path | None) -> None:
     """Capture a model into `folder` as the main function of a process. What goes wrong is for its load to say."""
     with contextlib.suppress(BaseException):
         load(entry.id, read_spec(entry.folder), entry.folder, torch.device(device), folder)

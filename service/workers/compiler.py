@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 COMPILER = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 COMPILE_AFTER = 8
 """Uses of a head other than the default layer's before it is compiled."""
+ROOM = 6
+"""A head is compiled where there is room for so many times its network's weights: three packages hold most of them, and
+as many files of the compiler."""
 LOADED_S = 5.0
 """By then a package is loaded and proven, in general."""
 
@@ -60,7 +63,7 @@ class Compiler:
         self._gone: weakref.WeakSet[Heads] = weakref.WeakSet()  # of models that serve no more
         self._process: SpawnProcess | None = None
         self._closed = False
-        self._told = False
+        self._told: set[str] = set()
         self._lock = threading.Lock()
         self._counting = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="compile", daemon=True)
@@ -111,7 +114,7 @@ class Compiler:
 
     def _provide(self, model: Model, entry: Entry, head: Head) -> None:
         job = self._job(model, entry, head)
-        package = self._store.find(job.key) or self._compile(job)
+        package = self._store.find(job.key) or self._compile(job, model)
         if package is None:
             return
         started = time.perf_counter()
@@ -154,11 +157,11 @@ class Compiler:
             key, entry, model.revision, targets, form, threads, self._folder, self._store, log_level, log_format
         )
 
-    def _compile(self, job: CompileJob) -> Path | None:
-        if shutil.which(COMPILER) is None and not self._told:
-            self._told = True
-            logger.warning("there is no C++ compiler (%s): models are served eagerly, which is slower", COMPILER)
-        if self._told:
+    def _compile(self, job: CompileJob, model: Model) -> Path | None:
+        if reason := self._obstacle(model):
+            if reason not in self._told:  # said once, not for each head
+                self._told.add(reason)
+                logger.warning("%s: models are served eagerly, which is slower", reason)
             return None
         process = multiprocessing.get_context("spawn").Process(
             target=compile_head, args=(pickle.dumps(job),), daemon=True
@@ -172,6 +175,16 @@ class Compiler:
         with self._lock:
             self._process = None  # its id may soon be another's
         return self._store.find(job.key)
+
+    def _obstacle(self, model: Model) -> str | None:
+        """Why no head of the model can be compiled now."""
+        if shutil.which(COMPILER) is None:
+            return f"there is no C++ compiler ({COMPILER})"
+        needed = ROOM * sum(weight.nbytes for weight in model.program.source.state_dict().values())
+        for folder in (self._store.folder, self._folder):
+            if shutil.disk_usage(folder).free < needed:
+                return f"there is too little room for compiled heads in {folder}"
+        return None
 
     def _make_room(self) -> list[Model]:
         """Let the least recently used heads go until one more may be resident, and return their models."""

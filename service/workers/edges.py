@@ -95,7 +95,7 @@ def render_picture(
 def _heatmap(raw: RawMap, picture: Picture, model: Model, explained: Explained, request: ExplainRequest) -> Heatmap:
     scaling = getattr(raw.task.params, "scaling", None)
     style = Style(request.format, request.encoding, request.size, request.colormap, request.alpha)
-    rendered = render(raw.values, picture.geometry, picture.under, scaling, style)
+    rendered = render(raw.values, picture.geometry, picture.under, scaling, style, raw.rounding_error)
     return Heatmap(
         method=raw.task.method.name,
         channels=raw.task.method.channels,

@@ -19,21 +19,33 @@ SURVIVED = 73
 """The exit code of a process that captured a model, or found out why not; 0 may be that of a builder which exits."""
 
 
-def run(connection: Connection, device: str, settings: Settings, entries: tuple[Entry, ...], folder: Path) -> None:
+def run(
+    connection: Connection, device: str, settings: Settings, entries: tuple[Entry, ...], folder: Path | None
+) -> None:
     """Serve the models of `entries` on `device` until told to stop.
 
-    `folder` is temporary and common to all workers; each has a folder of its own in it, by its process id.
+    `folder` is temporary and common to all workers; each has a folder of its own in it, by its process id. None: there
+    is no such place.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to the whole group; the parent decides
         signal.signal(number, signal.SIG_IGN)
-    own = folder / str(os.getpid())  # the parent removes it: whoever is killed leaves unpacked packages behind
-    with contextlib.suppress(OSError):  # no room, or no right to write: it goes on with the common folder
-        own.mkdir()
-        os.environ.update(TMPDIR=str(own), TORCHINDUCTOR_CACHE_DIR=str(own / "inductor"))
-        tempfile.tempdir = None  # forked, the process would keep that of its template
+    _use(folder and folder / str(os.getpid()))
     from service.workers import preload
 
     preload.main(connection, device, settings, entries, folder)
+
+
+def _use(folder: Path | None) -> None:
+    """Keep what is temporary in `folder`. The parent removes it: a process that is killed leaves unpacked packages."""
+    if folder is None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
+            os.sep
+        )  # torch needs a folder at its import; nothing is compiled into it
+        return
+    with contextlib.suppress(OSError):  # no room, or no right to write: it goes on with the common folder
+        folder.mkdir()
+        os.environ.update(TMPDIR=str(folder), TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"))
+        tempfile.tempdir = None  # forked, the process would keep that of its template
 
 
 def compile_head(job: bytes) -> None:
@@ -44,9 +56,11 @@ def compile_head(job: bytes) -> None:
     preload.compile_in_background(pickle.loads(job))  # noqa: S301  (of the worker that started this process)
 
 
-def capture(entry: Entry, device: str, folder: Path) -> None:
+def capture(entry: Entry, device: str, folder: Path | None) -> None:
     """Capture a model into `folder`, where workers find it: for them to do so would stall what they serve."""
     _stand_back(5)  # somebody waits for it
+    if folder is None:
+        _use(None)
     from service.workers import preload
 
     preload.capture_in_background(entry, device, folder)

@@ -19,9 +19,9 @@ class Loader:
     """Takes the entries of a start, and what the server asks for later. A model serves until its successor can."""
 
     def __init__(
-        self, engine: Engine, compiler: Compiler | None, folder: Path, send: Callable[[ToParent], None]
+        self, engine: Engine, compiler: Compiler | None, folder: Path | None, send: Callable[[ToParent], None]
     ) -> None:
-        """`folder` is where captured programs are kept; `send` is told of each model's state."""
+        """`folder` is where captured programs are kept, if anywhere; `send` is told of each model's state."""
         self.busy = False
         self._engine = engine
         self._compiler = compiler

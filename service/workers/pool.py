@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from service.errors import ModelNotFound, echo, nearest
+from service.models import kept
 from service.models.repository import Entry, scan
 from service.settings import Settings, SettingsError
 from service.workers.messages import (
@@ -74,7 +75,7 @@ class Pool:
         self._failures: dict[str, int] = {}
         self._deaths: dict[str, float] = {}  # when a worker died that loaded the model, which no other has loaded since
         self._given_up: dict[str, str] = {}  # the reasons
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._capture: Capture | None = None
         self._left: dict[Path, float] = {}
         self._starts: set[asyncio.Task[None]] = set()
@@ -83,7 +84,7 @@ class Pool:
     async def start(self, devices: tuple[str, ...], listener: Listener) -> None:
         """Start one worker per device, keep one there until `stop`, and tell `listener` what happens."""
         self._listener = listener
-        self._folder = tempfile.TemporaryDirectory(prefix="heatmap-service-", ignore_cleanup_errors=True)
+        self._temporary = kept.temporary_folder()
         for device in devices:
             await self._start_worker(device)
         self._look_after()
@@ -98,6 +99,11 @@ class Pool:
         safe = (worker for worker in workers if worker.models.keys() >= self._deaths.keys())
         free = [worker for worker in safe if worker.has_room(passable)]
         return min(free, key=lambda worker: worker.pictures, default=None)
+
+    @property
+    def _folder(self) -> Path | None:
+        """Where all that is temporary is kept, if there is such a place."""
+        return Path(self._temporary.name) if self._temporary else None
 
     async def load(self, model_id: str) -> str | None:
         """Have every worker read a model of the repository again, and return the reason where that failed.
@@ -125,7 +131,7 @@ class Pool:
         """The reason why not."""
         reason = None
         for _ in range(MAX_CAPTURES):
-            self._capture = capture = Capture(entry, device, self._place, self._settings.load_timeout_s)
+            self._capture = capture = Capture(entry, device, self._folder, self._settings.load_timeout_s)
             try:
                 reason = await asyncio.to_thread(capture.run)
             finally:
@@ -133,12 +139,6 @@ class Pool:
             if not capture.died:
                 break
         return reason
-
-    @property
-    def _place(self) -> Path:
-        """Where workers have their temporary folders."""
-        assert self._folder is not None
-        return Path(self._folder.name)
 
     def _scan(self) -> dict[str, Entry]:
         try:
@@ -176,8 +176,8 @@ class Pool:
         for worker in self.workers:
             worker.stop()
         await asyncio.to_thread(_wait_or_kill, tuple(self.workers), timeout_s)
-        if self._folder:
-            self._folder.cleanup()
+        if self._temporary:
+            self._temporary.cleanup()
 
     def kill(self) -> None:
         """End every process and remove their folder at once, whatever is under way. A signal handler may call it."""
@@ -187,12 +187,12 @@ class Pool:
             with contextlib.suppress(Exception):  # the threads that watch the process may be at it too
                 worker.kill()
         if self._folder:
-            shutil.rmtree(self._folder.name, ignore_errors=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _start_worker(self, device: str) -> None:
         entries = tuple(self._entries.values())
         try:
-            worker = Worker(device, self._settings, entries, self._place, self._receive)
+            worker = Worker(device, self._settings, entries, self._folder, self._receive)
         except OSError:
             logger.exception("worker %s could not be prepared", device)
             self._start_again(device)
@@ -286,7 +286,8 @@ class Pool:
             asked.set_result(self._given_up.get(model_id))
         if self._stopping:
             return
-        self._left[worker.folder] = time.monotonic()
+        if worker.folder:
+            self._left[worker.folder] = time.monotonic()
         self.replaced += 1
         delay = self._start_again(worker.device)
         logger.error(

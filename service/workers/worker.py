@@ -50,7 +50,7 @@ class Worker:
         device: str,
         settings: Settings,
         entries: tuple[Entry, ...],
-        folder: Path,
+        folder: Path | None,
         receive: Callable[[Worker, ToParent | None], None],
     ) -> None:
         """`receive` is called on the event loop with each message, and with None when the process is gone."""
@@ -159,9 +159,9 @@ class Worker:
         return _ending(self.process.exitcode)
 
     @property
-    def folder(self) -> Path:
-        """Where the process keeps what is temporary."""
-        return self._folder / str(self.process.pid)
+    def folder(self) -> Path | None:
+        """Where the process keeps what is temporary, if there is such a place."""
+        return self._folder and self._folder / str(self.process.pid)
 
     def submit(self, job: Job) -> None:
         self.jobs[job.id] = job
@@ -211,8 +211,8 @@ class Worker:
 class Capture:
     """A process that captures a model, which is not to stall what serves, nor to take it along."""
 
-    def __init__(self, model: Entry, device: str, folder: Path, timeout_s: float) -> None:
-        """`folder` is where workers find what is captured."""
+    def __init__(self, model: Entry, device: str, folder: Path | None, timeout_s: float) -> None:
+        """`folder` is where workers find what is captured, if there is such a place."""
         self.died = False
         self._process = _context(device).Process(target=entry.capture, args=(model, device, folder), daemon=True)
         self._timeout_s = timeout_s
@@ -253,10 +253,17 @@ def _context(device: str) -> SpawnContext | ForkServerContext:
     """How a worker's process is made: on a CPU forked from one that has imported everything, in 0.02 s instead of 3.
 
     macOS's frameworks bear no fork, and CUDA none after its first call; and what forks is spoken to through a socket in
-    the temporary folder, whose path must not be long.
+    the temporary folder, which must be there, and whose path must not be long.
     """
-    if device != "cpu" or sys.platform != "linux" or len(tempfile.gettempdir()) > MAX_TEMPORARY:
+    if device != "cpu" or sys.platform != "linux" or not _holds_sockets():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["service.workers.preload"])
     return context
+
+
+def _holds_sockets() -> bool:
+    try:
+        return len(tempfile.gettempdir()) <= MAX_TEMPORARY
+    except OSError:  # there is no temporary folder
+        return False

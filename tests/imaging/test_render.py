@@ -191,6 +191,18 @@ def test_a_degenerate_map_shows_no_colours(raw: list[float], npy: list[float]) -
     assert np.abs(shown(bad, format="heatmap", encoding="jpeg").astype(int) - PICTURE).max() < 80
 
 
+def test_a_map_that_cancelled_shows_no_colours_and_stays_in_npy() -> None:
+    def cancelled(rounding_error: float, **style: Any) -> NDArray[Any]:
+        return read(render(RAMP, FLAT, PICTURE, "none", Style(colormap="hot", **style), rounding_error))
+
+    for format_ in ("overlay", "heatmap", "gray", "gray16"):
+        plain = shown(RAMP, "none", format=format_)
+        np.testing.assert_array_equal(cancelled(0.39, format=format_), plain)
+        nothing = PICTURE if format_ == "overlay" else np.zeros_like(plain)
+        np.testing.assert_array_equal(cancelled(0.41, format=format_), nothing)
+    assert cancelled(0.41, format="npy").tolist() == RAMP.tolist()
+
+
 def test_a_tiny_map_is_painted_as_its_multiple_is() -> None:
     tiny = RAMP * np.float32(1e-30)
     for format_ in ("overlay", "gray16", "npy"):

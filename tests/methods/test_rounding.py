@@ -1,16 +1,36 @@
 """The estimate of what rounding did to a map against float64, and what maps that it swamps are reported as."""
 
 import copy
+import dataclasses
+import io
 import logging
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from service.explain.method import REGISTRY
+from service.imaging.geometry import place
 from service.imaging.maps import degeneracy
 from service.models.program import Program, capture
-from tests.nets import Varied, explain, images, model_of, pictures, request, seeded, table, trace_of, varied
+from service.workers.edges import Picture, render_picture
+from service.workers.messages import Heatmap
+from tests.nets import (
+    Varied,
+    explain,
+    images,
+    model_of,
+    pictures,
+    program_of,
+    request,
+    seeded,
+    table,
+    trace_of,
+    varied,
+)
 
 METHODS = ["hires_cam", "xgrad_cam", "grad_cam_plus_plus"]
 
@@ -27,6 +47,25 @@ class Cancelling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scores: Tensor = self.head(self.norm(self.conv(x).movedim(1, -1)).flatten(1))
         return scores
+
+
+class Centred(nn.Module):
+    """The sum of each channel of `centre` is zero but for rounding, and XGrad-CAM divides by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.centre = Centre()
+        self.head = nn.Linear(8 * 100, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.centre(self.conv(x)).flatten(1))
+        return scores
+
+
+class Centre(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(dim=(2, 3), keepdim=True)
 
 
 def both(module: nn.Module, size: int, layer: str, method: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,6 +91,33 @@ def test_a_sum_that_cancels_is_reported_as_such() -> None:
         assert raw.abs().max() < 10 * estimate
         assert degeneracy(raw.numpy(), float(estimate)) in ("cancelled", "all_zero")
         assert degeneracy((raw + estimate).numpy(), float(estimate)) == "cancelled"
+
+
+def test_a_map_that_cancelled_is_answered_as_such_and_not_painted() -> None:
+    model = model_of(program_of(seeded(Centred), 12))
+
+    def answered(layer: str) -> Heatmap:
+        options: dict[str, Any] = {"format": "gray", "size": "model", "as_base64": False}
+        params = {"target_conv_layer": layer}
+        asked = dataclasses.replace(request(1, methods=("xgrad_cam",), gen_params=params), **options)
+        (explained,) = explain(model, asked, shown := pictures(1, 12))
+        picture = Picture(12, 12, place(12, 12, model.fit), shown[0], shown[0])
+        return render_picture(0, picture, model, explained, asked, lambda: None).heatmaps[0]
+
+    cancelled = answered("centre")
+    assert cancelled.degenerate == "cancelled"
+    assert cancelled.value_range[1] > 0, "there is something that could be painted"
+    assert not np.asarray(Image.open(io.BytesIO(cancelled.data))).any()
+    kept = answered("conv")
+    assert kept.degenerate is None
+    assert np.asarray(Image.open(io.BytesIO(kept.data))).max() == 255
+
+
+def test_several_layers_tell_no_rounding_error() -> None:
+    """Each of their maps is divided by its own maximum before they are averaged."""
+    params = {"target_conv_layer": ["second", "third"]}
+    (answer,) = explain(model_of(varied()), request(1, methods=("hires_cam",), gen_params=params), pictures(1, 12))
+    assert answer.maps[0].rounding_error is None
 
 
 @pytest.mark.parametrize("method", METHODS)

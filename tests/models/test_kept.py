@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import resource
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,33 @@ def test_a_folder_of_another_user_is_not_private_nor_is_what_is_in_it(tmp_path: 
     os.chown(tmp_path / place, 12345, -1)
     with pytest.raises(PermissionError, match="others can write"):
         kept.check_private(tmp_path / "own")
+
+
+def test_a_temporary_folder_is_of_this_user_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = kept.temporary_folder()
+    assert folder
+    assert [str(path) for path in tmp_path.iterdir()] == [folder.name]
+    folder.cleanup()
+
+
+def test_no_temporary_folder_is_made_where_others_can_replace_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tmp_path.chmod(0o777)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    kept.say_not_kept.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert kept.temporary_folder() is None
+        assert kept.temporary_folder() is None
+    assert list(tmp_path.iterdir()) == []
+    assert "others can write" in caplog.text
+
+
+def test_there_may_be_no_temporary_folder_at_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with caplog.at_level(logging.WARNING):
+        assert kept.temporary_folder() is None
+    assert "are not kept" in caplog.text

@@ -224,6 +224,24 @@ def test_without_a_compiler_the_model_serves_eagerly_and_the_log_says_so(
         assert served.told == []
 
 
+def test_without_room_models_serve_eagerly_and_that_is_said_once(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compiler, "ROOM", 2**50)
+    with serve(cache="full") as served, caplog.at_level(logging.WARNING):
+        for layer in (EARLIER, DEFAULT):
+            served.compiler.add(served.model, served.entry)
+            head = served.model.heads.at(served.model.layers.target(layer, True))
+            for _ in range(COMPILE_AFTER):
+                served.model.heads.on_use(head)
+        served.compiler._wanted.put(None)
+        served.compiler._thread.join(60)
+        assert [record.getMessage().partition(" in ")[0] for record in caplog.records] == [
+            "there is too little room for compiled heads"
+        ]
+        assert served.told == []
+
+
 def test_closing_ends_the_process_that_compiles(serve: Serve) -> None:
     others = set(psutil.Process().children(recursive=True))  # a server that other tests share
 

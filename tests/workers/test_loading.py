@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,23 @@ def test_a_capture_that_dies_or_never_ends_says_why(
 def test_what_a_builder_raises_is_for_the_load_to_say(line: str, tmp_path: Path) -> None:
     capture = Capture(write_builder(tmp_path / "odd", line), "cpu", tmp_path, 60)
     assert capture.run() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process tells of its semaphores in /proc")
+@pytest.mark.parametrize("start", ["forkserver", "spawn"])
+def test_a_process_that_is_killed_while_it_captures_leaves_no_semaphore(
+    start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.fx runs a graph beside a bar of tqdm, whose lock is a semaphore with a name, unlike after a fork."""
+    code = """
+    import torch
+    torch.fx.Interpreter(torch.fx.symbolic_trace(torch.nn.ReLU())).run(torch.zeros(1))
+    with open("/proc/self/maps") as maps, open(os.path.dirname(__file__) + "/semaphores", "w") as file:
+        file.writelines(line for line in maps if "/dev/shm/sem." in line and "(deleted)" not in line)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    entry = write_builder(tmp_path / "odd", code.strip())
+    monkeypatch.setattr("service.workers.worker._context", lambda _device: multiprocessing.get_context(start))
+    capture = Capture(entry, "cpu", tmp_path, 60)
+    assert "signal 9" in str(capture.run())
+    assert (tmp_path / "odd" / "semaphores").read_text() == ""

@@ -19,9 +19,9 @@ from service.errors import PictureQuarantined, WorkerLost
 from service.models.repository import Entry, scan
 from service.settings import Settings
 from service.workers.messages import EXIT_POISONED, Answer, Done, ExplainRequest, Job, Load, ModelInfo, ToParent
-from service.workers.pool import MAX_BACKOFF_S, Pool, _wait_or_kill
+from service.workers.pool import MAX_BACKOFF_S, MAX_CAPTURES, Pool, _wait_or_kill
 from service.workers.worker import Worker
-from tests.conftest import DATA, write_tiny
+from tests.conftest import DATA, TINY_CODE, write_tiny
 from tests.dispatch.support import METHOD, SLOW, Bench, FakeProcess, FakeWorker, answer, on_loop, settle
 
 NO_DEADLINE = float("inf")
@@ -318,7 +318,8 @@ async def test_it_stops_while_a_worker_is_being_started(monkeypatch: pytest.Monk
 
     bench = Bench()
     async with bench:
-        folder = bench.pool._place
+        folder = bench.pool._folder
+        assert folder
         monkeypatch.setattr(FakeWorker, "start", start)
         bench.worker.die()
         await asyncio.to_thread(entered.wait, 30)
@@ -581,10 +582,42 @@ async def test_a_stop_does_not_wait_for_a_model_that_takes_for_ever_to_load(begu
     assert (await load) is not None
 
 
+@pytest.mark.parametrize("deaths", [1, 1000])
+@on_loop
+async def test_a_capture_that_dies_is_tried_once_more(deaths: int, tmp_path: Path) -> None:
+    """Somebody outside may have killed the first, and not the second too."""
+    listener, tries = Listening(), tmp_path / "tries"
+    write_tiny(tmp_path / "models" / "tiny")
+    async with pool_of(tmp_path / "models", listener) as pool:
+        worker = await listener.serving(pool)
+        write_tiny(tmp_path / "models" / "shaky")
+        builder = f"""
+import os, signal
+
+
+def build():
+    with open({str(tries)!r}, "a") as file:
+        file.write("x")
+    if os.path.getsize({str(tries)!r}) <= {deaths}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return made()
+"""
+        (tmp_path / "models" / "shaky" / "net.py").write_text(TINY_CODE.replace("def build", "def made") + builder)
+        reason = await pool.load("shaky")
+        assert pool.workers == [worker], "it did not die with it"
+        if deaths == 1:
+            assert (reason, pool.models["shaky"].state) == (None, "ready")
+        else:
+            assert tries.read_text() == "x" * MAX_CAPTURES == "xx"
+            assert "signal 9" in (reason or "")
+            assert pool.models["shaky"].state == "failed"
+
+
 @on_loop
 async def test_what_is_written_for_a_dead_worker_is_removed_again() -> None:
     async with Bench() as bench:
         folder = bench.worker.folder
+        assert folder
         bench.worker.die()
         await bench.started()
         for _ in range(2):
