@@ -7,72 +7,41 @@ squeeze-and-excitation's sigmoid, the denominators of norms and of a softmax by 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
 
+from service.models.operations import (
+    BOUNDED,
+    CHOICES,
+    COMBINING,
+    CONSTANTS,
+    FILLS,
+    FULL,
+    IDENTITIES,
+    NAMED,
+    ONES,
+    PRODUCTS,
+    QUOTIENTS,
+    REDUCTIONS,
+    SHAPING,
+    SUMS,
+    UNDERSTOOD,
+    WEIGHING,
+    ZEROS,
+    is_elementwise,
+    is_foreign,
+    name_of,
+)
+
 aten = torch.ops.aten
 
-NAMED = frozenset(
-    {
-        aten.relu.default,
-        aten.relu6.default,
-        aten.hardtanh.default,
-        aten.silu.default,
-        aten.gelu.default,
-        aten.hardswish.default,
-        aten.leaky_relu.default,
-        aten.prelu.default,
-        aten.elu.default,
-        aten.selu.default,
-        aten.celu.default,
-        aten.mish.default,
-        aten.rrelu.default,
-    }
-)
-"""Operations that are whole activation functions. Each is one of its own, also right behind another one."""
-IDENTITIES = frozenset(
-    {
-        aten.clone.default,
-        aten.alias.default,
-        aten.detach.default,
-        aten.contiguous.default,
-        aten.dropout.default,
-        aten.to.dtype,
-        aten._to_copy.default,
-    }
-)
-SUMS = frozenset({aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar})
-PRODUCTS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
-QUOTIENTS = frozenset({aten.div.Tensor, aten.div.Scalar})
-CHOICES = frozenset({aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar})
-FILLS = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor})
-COMBINING = SUMS | PRODUCTS | QUOTIENTS | {aten.addcmul.default, aten.addcdiv.default, aten.lerp.Tensor}
-"""Operations of two values or more that leave each one's own nonlinearity to be gated where it is made."""
-UNTAGGED = NAMED | IDENTITIES | CHOICES | {aten.log_sigmoid.default}
-"""Element-wise operations, of which torch does not tag all as such."""
-CONSTANTS = frozenset({aten.zeros_like.default, aten.ones_like.default, aten.full_like.default})
-"""Operations whose value does not depend on that of their input."""
-BOUNDED = frozenset({aten.relu6.default, aten.hardtanh.default})
-WEIGHING = frozenset(
-    {aten.sigmoid.default, aten.hardsigmoid.default, aten.tanh.default, aten.exp.default, aten.rsqrt.default}
-    | {aten.sqrt.default, aten.reciprocal.default, aten.pow.Tensor_Scalar}
-    | BOUNDED
-    | QUOTIENTS
-)
-"""Operations that make a gate or a norm's factor where their value only multiplies another one."""
-REDUCTIONS = frozenset(
-    {aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.amax.default, aten.amin.default}
-    | {aten.var.correction, aten.linalg_vector_norm.default, aten.adaptive_avg_pool2d.default}
-)
-SHAPING = frozenset(
-    {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default, aten.unsqueeze.default}
-    | {aten.squeeze.dim, aten.squeeze.dims, aten.permute.default, aten.transpose.int}
-)
-OWN = ("aten", "prims", "prim")
+PROBE = torch.cat([torch.linspace(-8, 8, 65), 2.0 ** torch.arange(-20, 21), -(2.0 ** torch.arange(-20, 21))]).double()
+"""Where functions are compared with the ReLU, up to a million; numbers that any precision holds exactly."""
 
 
 class Nonlinearities:
@@ -110,15 +79,21 @@ class Nonlinearities:
             argument = self._argument[argument]
         if argument is None:
             return None
-        probe = torch.linspace(-8, 8, 65, dtype=torch.float64)
+        probe = PROBE.to(node.meta["val"].device)
         return argument if _equals(self._evaluated(node, argument, probe), probe.relu()) else None
 
     def _read(self, node: fx.Node) -> None:
         """Tell what kind of operation the node is."""
-        if _is_foreign(node) or (node.target is aten.index_put.default and self._depends_on_mask(node)):
+        if is_foreign(node) or (node.target is aten.index_put.default and self._depends_on_mask(node)):
             self._unknown.append(_told(node))
-        elif _is_elementwise(node):
+        elif is_elementwise(node):
             self._read_elementwise(node)
+        elif name_of(node) not in UNDERSTOOD and self._keeps_shape(node):
+            self._unknown.append(_told(node))
+
+    def _keeps_shape(self, node: fx.Node) -> bool:
+        shapes = [value.shape for value in (source.meta.get("val") for source in self.inputs(node)) if _is_real(value)]
+        return _is_floating(node) and node.meta["val"].shape in shapes
 
     def _depends_on_mask(self, node: fx.Node) -> bool:
         indices: Any = node.args[1]
@@ -143,7 +118,7 @@ class Nonlinearities:
             self._inside[node] = inside
             if bent or node.target not in SUMS:
                 self._curved.add(node)
-        elif not self._is_affine(node) or (node.target in PRODUCTS and len(node.all_input_nodes) < _count(node)):
+        elif not self._is_affine(node):
             self._curved.add(node)
 
     def _only_weighs_outside(self, part: fx.Node, inside: set[fx.Node]) -> bool:
@@ -172,13 +147,18 @@ class Nonlinearities:
 
     def _is_affine(self, node: fx.Node) -> bool:
         """Whether an element-wise operation on one varying value is affine in it."""
-        if node.target in IDENTITIES | SUMS | PRODUCTS | {aten.neg.default, aten.addcmul.default}:
+        if node.target in IDENTITIES | SUMS | {aten.neg.default, aten.lerp.Scalar}:
             return True
-        if node.target in QUOTIENTS:
-            return node.args[0] in self._varying and node.args[1] not in self._varying
+        varying = [isinstance(argument, fx.Node) and argument in self._varying for argument in node.args]
+        if node.target in PRODUCTS | {aten.addcmul.default}:
+            return not all(varying[-2:])
+        if node.target in QUOTIENTS | {aten.addcdiv.default}:
+            return not varying[-1]
+        if node.target is aten.lerp.Tensor:
+            return not varying[2] or not any(varying[:2])
         if node.target in CHOICES:
-            return node.args[0] not in self._varying
-        return node.target in FILLS and node.args[1] not in self._varying
+            return not varying[0]
+        return node.target in FILLS and not varying[1]
 
     def _carries(self, node: fx.Node) -> bool:
         """Whether the value is a nonlinear function, maybe shifted and scaled by numbers after that."""
@@ -218,13 +198,13 @@ class Nonlinearities:
         return bool(readers) and all(self._is_factor_of(reader, node, weighing) for reader in readers)
 
     def _is_factor_of(self, reader: fx.Node, node: fx.Node, weighing: bool) -> bool:
-        if reader.target in REDUCTIONS:
+        if name_of(reader) in REDUCTIONS:
             return self._is_factor(reader, True)
-        if reader.target in SHAPING or (reader in self._argument and not _is_named(reader)):
+        if name_of(reader) in SHAPING or (reader in self._argument and not _is_named(reader)):
             return self._is_factor(reader, weighing or _may_weigh(reader))
         if reader.target in QUOTIENTS:
             return weighing or node is not reader.args[0]
-        return reader.target in PRODUCTS and weighing
+        return weighing and _is_multiplied(reader, node)
 
     def _evaluated(self, node: fx.Node, argument: fx.Node, probe: Tensor) -> Tensor | None:
         """The value of an element-wise function at `probe`, None where constants have a shape of their own."""
@@ -233,32 +213,19 @@ class Nonlinearities:
         def value(one: fx.Node) -> Any:
             if one is argument:
                 return probe
-            if one in self._varying or one.target in CONSTANTS:
-                args, kwargs = fx.map_arg((one.args, one.kwargs), value)
-                operation: Any = one.target
-                return operation(*args, **kwargs)
-            if one.target in (aten.full.default, aten.zeros.default):
-                return float(one.args[1]) if one.target is aten.full.default else 0.0  # type: ignore[arg-type]
-            raise LookupError(one)
+            if (number := _number(one)) is not None:
+                return torch.tensor(number, dtype=probe.dtype, device=probe.device)
+            if one.op != "call_function" or one.target in CONSTANTS:
+                raise LookupError(one)
+            args, kwargs = fx.map_arg((one.args, one.kwargs), value)
+            operation: Any = one.target
+            return operation(*args, **kwargs)
 
         try:
             result = value(node)
         except (LookupError, RuntimeError, TypeError):
             return None
         return result if isinstance(result, Tensor) else None
-
-
-def _is_foreign(node: fx.Node) -> bool:
-    """Whether the operation is none of torch's own, or holds a graph of its own."""
-    foreign = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in OWN
-    return foreign or isinstance(node.target, torch._ops.HigherOrderOperator)
-
-
-def _is_elementwise(node: fx.Node) -> bool:
-    operation = node.target
-    return operation in UNTAGGED or (
-        isinstance(operation, torch._ops.OpOverload) and torch.Tag.pointwise in operation.tags
-    )
 
 
 def _is_named(node: fx.Node) -> bool:
@@ -279,8 +246,31 @@ def _may_weigh(node: fx.Node) -> bool:
     )
 
 
+def _is_multiplied(product: fx.Node, factor: fx.Node) -> bool:
+    """Whether the value is a factor of the product, and no summand beside it."""
+    if product.target in PRODUCTS:
+        return True
+    first = {aten.addcmul.default: 1, aten.lerp.Tensor: 2}.get(product.target)  # type: ignore[call-overload]
+    return first is not None and factor in product.args[first:] and factor not in product.args[:first]
+
+
+def _number(node: fx.Node) -> float | None:
+    """What a constant is that is the same everywhere, None where it is none."""
+    if node.target in FULL:
+        return float(node.args[-1])  # type: ignore[arg-type]
+    if node.target in ZEROS | ONES:
+        return float(node.target in ONES)
+    if node.op != "get_attr":
+        return None
+    value: Any = operator.attrgetter(str(node.target))(node.graph.owning_module)
+    return float(value) if isinstance(value, Tensor) and value.numel() == 1 else None
+
+
 def _is_floating(node: fx.Node) -> bool:
-    value = node.meta.get("val")
+    return _is_real(node.meta.get("val"))
+
+
+def _is_real(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from service.errors import ModelLoadError
 from service.models import kept
+from service.models.aliases import unify
 from service.models.grids import Grid
 from service.models.noise import Noise
 from service.models.nonlinearities import Nonlinearities
@@ -83,6 +84,7 @@ def _keep(program: torch.export.ExportedProgram, file: Path) -> None:
 def _module(program: torch.export.ExportedProgram) -> fx.GraphModule:
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
+    unify(module)
     return module
 
 
@@ -257,7 +259,7 @@ class Program:
             if self._is_batch_size(node):
                 new[node] = graph.call_function(aten.sym_size.int, (new[inputs[0]], 0))
             elif rule == "deconv" and (argument := self._relu_argument(node)) in new:
-                new[node] = graph.call_function(deconv_relu, (new[argument],))
+                new[node] = graph.call_function(deconv_relu, (new[argument], graph.node_copy(node, new.__getitem__)))
             else:
                 new[node] = graph.node_copy(node, new.__getitem__)
                 if node.target is aten.view.default:  # which refuses values that lie in memory otherwise than captured
@@ -307,18 +309,18 @@ def gate(x: Tensor) -> Tensor:
 
 
 class _DeconvRelu(torch.autograd.Function):
-    """The ReLU with the gradient relu(g), whatever its input was."""
+    """A ReLU's value with the gradient relu(g) to its argument, whatever that was."""
 
     @staticmethod
-    def forward(_ctx: Any, x: Tensor) -> Tensor:
-        return x.relu()
+    def forward(_ctx: Any, _argument: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
 
     @staticmethod
-    def backward(_ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0].clamp(min=0)
+    def backward(_ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].clamp(min=0), None
 
 
-def deconv_relu(x: Tensor) -> Tensor:
-    """The ReLU of a deconvolution network."""
-    result: Tensor = _DeconvRelu.apply(x)
+def deconv_relu(argument: Tensor, value: Tensor) -> Tensor:
+    """`value`, which is the ReLU of `argument`, as a deconvolution network has it."""
+    result: Tensor = _DeconvRelu.apply(argument, value)
     return result

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.errors import MethodNotSupported
+from service.models.program import deconv_relu
 from service.workers.plan import make_plan
 from tests.nets import close_to, images, model_of, program_of, request, seeded
 
@@ -41,6 +42,23 @@ WAYS: dict[str, Function] = {
     "softshrink": F.softshrink,
     "absolute": torch.abs,
     "square": lambda x: x * x,
+    "absolute_by_alias": torch.absolute,
+    "sigmoid_by_alias": torch.special.expit,
+    "arctan_by_alias": torch.arctan,
+    "erf_by_alias": torch.special.erf,
+    "normal_distribution": torch.special.ndtr,
+    "clip": lambda x: torch.clip(x, min=0),
+    "silu_by_alias": lambda x: torch.multiply(x, torch.special.expit(x)),
+    "tanhshrink_by_alias": lambda x: torch.subtract(x, torch.tanh(x)),
+    "softsign_by_alias": lambda x: torch.divide(x, 1 + x.abs()),
+    "square_by_addcmul": lambda x: torch.addcmul(torch.ones(1), x, x),
+    "square_by_lerp": lambda x: torch.lerp(x.new_zeros(()), x, x),
+    "max": lambda x: torch.max(x, torch.zeros_like(x)),
+    "maximum_of_a_constant": lambda x: torch.maximum(x, torch.tensor([[0.0]])),
+    "maximum_of_new_zeros": lambda x: torch.maximum(x, x.new_zeros(())),
+    "maximum_of_zeros_like_it": lambda x: torch.maximum(x, torch.zeros(x.shape)),
+    "where_full": lambda x: torch.where(x > 0, x, x.new_full((), 0.0)),
+    "bounded": lambda x: F.hardtanh(20 * x, 0, 20),
 }
 
 
@@ -113,13 +131,52 @@ class Opened(torch.autograd.Function):
         return gradients[0].clamp(min=0)
 
 
-@pytest.mark.parametrize("name", ["clamp", "maximum", "where", "masked", "mask_times"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("clamp", "maximum", "where", "masked", "mask_times", "clip", "max", "where_full"),
+        *("maximum_of_a_constant", "maximum_of_new_zeros", "maximum_of_zeros_like_it"),
+    ],
+)
 def test_deconv_passes_a_relu_however_it_is_written(name: str) -> None:
     net = seeded(lambda: Net(WAYS[name]))
     assert isinstance(net, Net)
     pictures = images(2, 8)
     expected = oracle(net, pictures, Opened.apply)
     assert close_to(gradient(program_of(net, 8).network("deconv"), pictures), expected) < 1e-5
+
+
+ALMOST: dict[str, Function] = {
+    "bounded_by_20": lambda x: F.hardtanh(x, 0, 20),
+    "bounded_by_100000": lambda x: x.clamp(0, 1e5),
+    "threshold": lambda x: F.threshold(x, 0.1, 0.0),
+    "low_threshold": lambda x: F.threshold(x, 0.002, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", ALMOST)
+def test_deconv_changes_no_score_and_takes_nothing_else_for_a_relu(name: str) -> None:
+    net = seeded(lambda: Net(ALMOST[name]))
+    assert isinstance(net, Net)
+    pictures = 100 * images(2, 8)
+    network = program_of(net, 8).network("deconv")
+    assert torch.equal(network(pictures), net(pictures))
+    assert close_to(gradient(network, pictures), oracle(net, pictures, gated(ALMOST[name]))) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["clamp", "mask_times", "maximum_of_a_constant"])
+def test_a_deconvolution_network_has_the_scores_of_the_network(name: str) -> None:
+    net = seeded(lambda: Net(WAYS[name]))
+    pictures = 100 * images(2, 8)
+    assert torch.equal(program_of(net, 8).network("deconv")(pictures), net(pictures))
+
+
+def test_a_rule_gives_the_value_that_the_network_computed() -> None:
+    argument, value = torch.tensor([-1.0, 2.0], requires_grad=True), torch.tensor([3.0, 4.0])
+    shown = deconv_relu(argument, value)
+    assert torch.equal(shown, value)
+    (found,) = torch.autograd.grad(shown, argument, torch.tensor([5.0, -6.0]))
+    assert found.tolist() == [5, 0]
 
 
 NONE: dict[str, Function] = {
@@ -137,7 +194,25 @@ NONE: dict[str, Function] = {
     "glu": lambda x: F.glu(torch.cat([x, x], 1), 1),
     "dropout_and_constants": lambda x: F.dropout(x, 0.5, False) / 3 + 1,
     "residual": lambda x: x + 0.5 * x,
-    "response_norm": lambda x: torch.addcmul(x, x.mean((2, 3), keepdim=True), x),
+    "mixture": lambda x: torch.lerp(x, x.flip(1), 0.3),
+    "affine_by_addcmul": lambda x: torch.addcmul(x, x, x.new_full((1,), 0.5)),
+    "affine_by_addcdiv": lambda x: torch.addcdiv(x.new_ones(1), x, x.new_full((1,), 3.0)),
+    "affine_by_lerp": lambda x: torch.lerp(x.new_ones(1), x.new_full((1,), 3.0), x),
+    "highway": lambda x: torch.lerp(x, x.flip(1), torch.sigmoid(x.roll(1, 1))),
+    "highway_by_addcmul": lambda x: torch.addcmul(x, x.flip(1), torch.sigmoid(x.roll(1, 1))),
+    "local_response_norm": nn.LocalResponseNorm(2, alpha=1.0),
+    "deviation_norm": lambda x: x / (x.pow(2).std(1, keepdim=True) + 1),
+    "gate_in_chunks": lambda x: x * torch.cat(torch.sigmoid(x.flip(1)).chunk(2, 1)[::-1], 1),
+    "gate_upsampled": lambda x: x * F.interpolate(torch.sigmoid(F.avg_pool2d(x, 2)), x.shape[2:]),
+    "gate_upsampled_smoothly": lambda x: (
+        x * F.interpolate(torch.sigmoid(F.avg_pool2d(x, 2)), x.shape[2:], mode="bilinear")
+    ),
+    "gate_of_a_slice": lambda x: x * torch.sigmoid(x.flip(1))[:, :1],
+    "gate_of_a_channel": lambda x: x * torch.sigmoid(x.flip(1))[:, 0].unsqueeze(1),
+    "gate_padded": lambda x: x * F.pad(torch.sigmoid(x[..., 1:]), (1, 0)),
+    "gate_repeated": lambda x: x * torch.sigmoid(x.mean(1, keepdim=True)).repeat(1, x.shape[1], 1, 1),
+    "gate_flattened": lambda x: x * torch.sigmoid(x.flip(1)).flatten(2).squeeze().reshape(x.shape),
+    "global_response_norm": lambda x: torch.addcmul(x, x.mean((2, 3), keepdim=True), x),
 }
 
 
@@ -178,6 +253,7 @@ REFUSED: dict[str, tuple[Function, str]] = {
     "two_values": (lambda x: torch.maximum(x, x.flip(1)), "maximum"),
     "chosen_by_another": (lambda x: torch.where(x.flip(1) > 0, x, 0), "where"),
     "read_twice": (leaking, "mul"),
+    "not_listed": (lambda x: torch.renorm(x, 2, 0, 1.0), "renorm"),
 }
 RULED = [
     ("guided_backprop", {}),
