@@ -38,9 +38,8 @@ def run(
 def _use(folder: Path | None) -> None:
     """Keep what is temporary in `folder`. The parent removes it: a process that is killed leaves unpacked packages."""
     if folder is None:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
-            os.sep
-        )  # torch needs a folder at its import; nothing is compiled into it
+        # torch asks for both folders when it is imported and when it captures, and writes nothing into them then.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.tempdir = os.sep
         return
     with contextlib.suppress(OSError):  # no room, or no right to write: it goes on with the common folder
         folder.mkdir()
