@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -28,6 +28,12 @@ PASSING = CLAMPS | {
     aten.squeeze.dim,
     aten.squeeze.dims,
     aten.unsqueeze.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.numpy_T.default,
     aten.clone.default,
     aten.contiguous.default,
     aten.alias.default,
@@ -36,6 +42,9 @@ PASSING = CLAMPS | {
     aten.dropout.default,
 }
 """Operations after a squashing function that leave each score what it is, or only bound it."""
+SUMMING = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar, aten.mul.Tensor, aten.cat.default})
+SUMMING |= {aten.stack.default, aten.mean.dim, aten.sum.dim_IntList, aten.log.default, aten.neg.default}
+"""Operations that make scores of nothing but probabilities where all of their varying inputs are such."""
 TOLERANCE = 1e-3
 """By how much the sum of a softmax's row may differ from 1."""
 
@@ -48,6 +57,7 @@ def logits_of(graph: fx.Graph, activation: str) -> fx.Node:
     output = _output(graph)
     behind = list(_passed(output))
     squashing = behind.pop()
+    _check_no_more(squashing)
     ending = next((name for name, targets in SQUASHING.items() if squashing.target in targets), "logits")
     if ending != activation:
         raise ModelLoadError(f"the network ends in {ending}, but output.activation says {activation!r}")
@@ -55,21 +65,22 @@ def logits_of(graph: fx.Graph, activation: str) -> fx.Node:
         return output
     if ending == "softmax" and _runs_over_the_batch(squashing):
         raise ModelLoadError("the network's softmax runs over the batch (dimension 0), not over the classes")
+    if ending == "softmax" and not _sums_to_one(squashing, behind):
+        raise _probabilities(squashing, output)
     return _without(squashing, behind)
 
 
 def check_scores(scores: Tensor, activation: str) -> None:
     """Check what the eager network returns for pictures of noise, (N,classes), against what it is declared to be.
 
-    Raises ModelLoadError where the rows of a softmax (or their exponentials) don't sum to 1, or those of logits do.
+    Raises ModelLoadError where the rows of logits (or their exponentials) sum to 1. A softmax is told by the graph.
     """
     values = scores.double()
     sums_to_one = any(bool(((rows.sum(dim=1) - 1).abs() < TOLERANCE).all()) for rows in (values, values.exp()))
-    if activation == "softmax" and not sums_to_one:
-        raise ModelLoadError("output.activation says 'softmax', but the network's scores of a picture don't sum to 1")
     if activation == "logits" and sums_to_one and scores.shape[1] > 1:
         raise ModelLoadError(
-            "output.activation says 'logits', but the network's scores of a picture sum to 1 as those of a softmax do"
+            "output.activation says 'logits', but the network's scores of a picture sum to 1 as those of a softmax do: "
+            "let it return logits"
         )
 
 
@@ -102,6 +113,60 @@ def _passed(node: fx.Node) -> Iterator[fx.Node]:
     while node.target in PASSING:
         node = node.all_input_nodes[0]
         yield node
+
+
+def _check_no_more(made: fx.Node) -> None:
+    """Raises ModelLoadError where the output is made of probabilities in a way that cannot be taken off."""
+    if not _squashes(made) and (squashing := _squashed(made)) is not None:
+        raise _probabilities(squashing, made)
+
+
+def _squashes(node: fx.Node) -> bool:
+    return any(node.target in targets for targets in SQUASHING.values())
+
+
+def _squashed(node: fx.Node) -> fx.Node | None:
+    """A squashing function, where nothing but such functions makes the value; None where anything else does."""
+    if _squashes(node):
+        return node
+    scaled = node.target is aten.div.Tensor and isinstance(node.args[1], int | float)
+    if node.target not in PASSING | SUMMING and not scaled:
+        return None
+    sources = [source for source in node.all_input_nodes if _varies(source)]
+    found = [_squashed(source) for source in sources]
+    return found[0] if found and None not in found else None
+
+
+def _varies(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
+
+
+def _probabilities(squashing: fx.Node, last: fx.Node) -> ModelLoadError:
+    made = dict.fromkeys((str(squashing.target), str(last.target)))
+    return ModelLoadError(f"the network returns probabilities made by {' and '.join(made)}; let it return logits")
+
+
+def _sums_to_one(softmax: fx.Node, behind: list[fx.Node]) -> bool:
+    """Whether the classes of the output are those that the softmax runs over, told by numbers before any bounds."""
+    shape = [_at_two(size) for size in softmax.meta["val"].shape]
+    rows = torch.randn(shape, dtype=torch.float64).softmax(int(str(softmax.args[1])))
+    last = softmax
+    for node in reversed(behind):
+        if node.target not in CLAMPS and node.target not in (aten.to.dtype, aten._to_copy.default):
+            known = {last: rows}
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda one: known.get(one, _at_two(one.meta["val"])))  # noqa: B023
+            operation: Any = node.target
+            rows = operation(*args, **kwargs)
+        last = node
+    return rows.ndim != 2 or bool(((rows.sum(dim=1) - 1).abs() < TOLERANCE).all())
+
+
+def _at_two(size: Any) -> Any:
+    """A size for a batch of two pictures."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    expression = size.node.expr
+    return int(expression.xreplace(dict.fromkeys(expression.free_symbols, 2)))
 
 
 def _runs_over_the_batch(softmax: fx.Node) -> bool:

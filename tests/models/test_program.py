@@ -200,9 +200,24 @@ class Clamped(nn.Module):
         return x.clamp(1e-4, 1 - 1e-4)
 
 
+class Ending(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 @pytest.mark.parametrize(
     ("activation", "layers"),
     [
+        ("sigmoid", [Ending(lambda s: s[:, :, None, None].sigmoid()[:, :, 0, 0])]),
+        ("sigmoid", [Ending(torch.special.expit)]),
+        ("sigmoid", [Ending(lambda s: s.t().sigmoid().t())]),
+        ("softmax", [Ending(lambda s: torch.special.softmax(s, 1))]),
+        ("softmax", [Ending(lambda s: s[:, :, None, None].softmax(1)[:, :, 0, 0])]),
+        ("softmax", [Ending(lambda s: s.softmax(1).clamp(min=0.3))]),
         ("softmax", [nn.Softmax(dim=1)]),
         ("softmax", [nn.LogSoftmax(dim=1)]),
         ("sigmoid", [nn.Sigmoid()]),
@@ -235,6 +250,29 @@ def test_a_trailing_softmax_or_sigmoid_is_cut_off(activation: str, layers: list[
 def test_another_ending_than_the_declared_one_is_refused(activation: str, layers: list[nn.Module], reason: str) -> None:
     with pytest.raises(ModelLoadError, match=reason):
         program_of(of(*layers), 8, activation)
+
+
+@pytest.mark.parametrize("activation", ["logits", "softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    ("ending", "told"),
+    [
+        (lambda s: (s.softmax(1) + (2 * s).softmax(1)) / 2, "softmax"),
+        (lambda s: torch.stack([s.softmax(1), (2 * s).softmax(1)]).mean(0), "softmax"),
+        (lambda s: s.softmax(1).log(), "log"),
+        (lambda s: s.softmax(1) * 100, "mul"),
+        (lambda s: s.sigmoid() * 2 - 1, "sigmoid"),
+    ],
+)
+def test_probabilities_that_cannot_be_undone_have_one_reason(
+    ending: Callable[[Tensor], Tensor], told: str, activation: str
+) -> None:
+    with pytest.raises(ModelLoadError, match=f"probabilities made by .*{told}.*; let it return logits"):
+        program_of(of(Ending(ending)), 8, activation)
+
+
+def test_a_softmax_of_which_classes_are_left_out_is_refused() -> None:
+    with pytest.raises(ModelLoadError, match="let it return logits"):
+        program_of(of(Ending(lambda s: s.softmax(1)[:, 1:])), 8, "softmax")
 
 
 class Twice(nn.Module):
