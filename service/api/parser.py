@@ -51,9 +51,13 @@ class Parser(h11.Connection):
         if isinstance(event, h11.Data):
             self.remaining = max(0, self.remaining - len(event.data))
             self._framing -= len(event.data) * (1 + FRAMING_PER_BYTE)
-        elif self.in_body and self._framing - len(self.trailing_data[0]) > MAX_FRAMING:
+        elif self.in_body and self._framing - self._behind(event) > MAX_FRAMING:
             raise self._refused(HeadersTooLarge(f"The body's chunks and trailers bring more than {MAX_FRAMING} bytes."))
         return event
+
+    def _behind(self, event: h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]) -> int:
+        """The bytes that came behind the body: while more of it is needed, what waits to be parsed is still its own."""
+        return 0 if event is h11.NEED_DATA else len(self.trailing_data[0])
 
     def _skip_empty_lines(self) -> None:
         """Some clients send one behind a body (RFC 9112, 2.2); h11 takes it for a request."""
