@@ -136,7 +136,15 @@ def _maps(tasks: tuple[Task, ...], one: Pass, chosen: list[tuple[int, ...]]) -> 
                     found[index][place].append(
                         RawMap(task, wanted[turn], values[index], rounding[index], incomplete[index])
                     )
+    _say_incomplete([raw for of_picture in found for of_task in of_picture for raw in of_task])
     return [tuple(raw for of_task in of_picture for raw in of_task) for of_picture in found]
+
+
+def _say_incomplete(maps: list[RawMap]) -> None:
+    """One line for a batch: its worst map."""
+    share, name = max(((raw.completeness_error or 0.0, raw.task.method.name) for raw in maps), default=(0.0, ""))
+    if share > INCOMPLETE:
+        logger.warning("%s misses the difference of the scores by up to %.1f %%", name, 100 * share)
 
 
 def _errors(task: Task, backward: Backward, made: Tensor) -> tuple[Numbers, Numbers]:
@@ -149,7 +157,4 @@ def _errors(task: Task, backward: Backward, made: Tensor) -> tuple[Numbers, Numb
     incomplete = task.method.completeness_error(trace, task.params, made)
     none: Numbers = [None] * len(made)
     shares = none if incomplete is None else incomplete.tolist()
-    for share in shares:
-        if share is not None and share > INCOMPLETE:
-            logger.warning("%s misses the difference of the scores by %.1f %%", task.method.name, 100 * share)
     return none if rounding is None else rounding.tolist(), shares

@@ -140,7 +140,7 @@ def test_logits_can_have_independent_confidences(folder: Path, factory: str, pre
     ("factory", "activation", "reason"),
     [
         ("single", "logits", "one class.*output.confidence = 'sigmoid'"),
-        ("halves", "softmax", "don't sum to 1"),
+        ("halves", "softmax", "probabilities made by .*softmax.*; let it return logits"),
         ("ByHand", "logits", "sum to 1 as those of a softmax do"),
     ],
 )
