@@ -79,7 +79,7 @@ class Opened:
 def open_picture(data: bytes, max_pixels: int) -> Opened:
     """Read the headers of a JPEG, PNG, WebP, GIF, BMP or TIFF file.
 
-    Raises TooManyPixels where they declare more than `max_pixels`, and UndecodablePicture for what is no such file.
+    Raises TooManyPixels where they declare more than `max_pixels`, and UndecodablePicture for any other file.
     """
     image = _open(data, max_pixels)
     try:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from service.errors import ServiceError, TooManyPixels
+from service.imaging.decode import Opened
 from service.models.resident import Model
 from service.settings import Settings
 from service.workers.compute import Explained
@@ -115,11 +116,13 @@ class Run:
     def _decode_part(self, plan: Plan, start: int) -> None:
         part = range(len(self._request.pictures))[start : start + self._device.max_batch]
         self._undecoded = len(part)
-        # What is opened is dropped: some formats reserve memory for their pixels.
-        seconds = max((look_at(index, self._request, self._settings).seconds for index in part), default=0.0)
+        opened = {index: look_at(index, self._request, self._settings) for index in part}
+        seconds = max((one.seconds for one in opened.values()), default=0.0)
+        if seconds > DEAR_S:  # they will wait: some formats reserve memory for their pixels when they are opened
+            opened.clear()
         self._set_parked(seconds > DEAR_S and not self._pictures)
         for index in part:  # all in the turn of the slowest, or the others would wait decoded for it
-            self._later(seconds, self._stages.decode, self._decode, plan, part, index)
+            self._later(seconds, self._stages.decode, self._decode, plan, part, index, opened.get(index))
 
     def _set_parked(self, parked: bool) -> None:
         with self._lock:
@@ -127,9 +130,9 @@ class Run:
         if changed:
             self._park(Parked(self._id, parked))
 
-    def _decode(self, plan: Plan, part: range, index: int) -> None:
+    def _decode(self, plan: Plan, part: range, index: int, opened: Opened | None) -> None:
         self._set_parked(False)
-        opened = look_at(index, self._request, self._settings)
+        opened = opened or look_at(index, self._request, self._settings)
         picture = decode_picture(index, opened, self._model, self._request)
         with self._lock:
             self._count_pixels(picture, len(plan.tasks) * max(1, len(plan.classes[index])))
