@@ -25,7 +25,8 @@ from tests.threads import repeating
 
 PREDICT, PREDICT_LINE = make_key("ann", "predict")
 ADMIN, ADMIN_LINE = make_key("root", "predict,admin")
-SLOW: dict[str, Any] = {"method": "rise", "gen_params": {"n": 2000}, "timeout_s": 300}
+SLOW: dict[str, Any] = {"method": "rise", "gen_params": {"n": 6000}, "timeout_s": 300}
+MOST: dict[str, Any] = {"method": "rise", "gen_params": {"n": 20_000}}
 
 
 @dataclass
@@ -192,10 +193,9 @@ def test_metrics_add_up(one: Operated, chelsea: bytes) -> None:
         assert post(one.client, chelsea).status_code == 200
     assert post(one.client, chelsea, method="no_such").status_code == 422  # known to workers alone
     assert post(one.client, chelsea, colormap="no_such").status_code == 422  # never accepted
-    assert post(one.client, chelsea, method="rise", timeout_s=0.2).status_code == 504
-    long = {"method": "rise", "gen_params": '{"n": 20000}', "timeout_s": "300"}
-    with pytest.raises(httpx.ReadTimeout):
-        one.client.post("/models/tiny/heatmap", files={"image": chelsea}, data=long, timeout=2)
+    assert post(one.client, [chelsea] * 8, **MOST, timeout_s=0.2).status_code == 504
+    with one.server.client(timeout=2) as hasty, pytest.raises(httpx.ReadTimeout):
+        post(hasty, [chelsea] * 16, headers=dict(one.client.headers), **MOST, timeout_s=300)
     wait_until(lambda: metric(one, "heatmap_queue_requests") == 0, 60, one.server)
     after = ended(one)
     found = {name: after[name] - before[name] for name in after}
@@ -213,5 +213,5 @@ def test_slow_requests_starve_no_quick_one(one: Operated, chelsea: bytes) -> Non
     with repeating(lambda: post(one.client, chelsea, **SLOW), 8):
         wait_until(lambda: metric(one, "heatmap_queue_requests") >= 8, 60, one.server)
         quick = [post(one.client, chelsea) for _ in range(10)]
-        assert metric(one, "heatmap_queue_requests") >= 8
+        assert metric(one, "heatmap_queue_requests") >= 4, "they still wait"
         assert [answer.status_code for answer in quick] == [200] * 10

@@ -16,7 +16,7 @@ from tests.e2e.support import post
 from tests.server import Server, running, wait_until
 
 MAX_QUEUE = 8
-SLOW: dict[str, Any] = {"method": "rise", "gen_params": {"n": 3000}, "timeout_s": 120}
+SLOW: dict[str, Any] = {"method": "rise", "gen_params": {"n": 6000}, "timeout_s": 120}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_a_deadline_in_compute_drops_the_work_at_its_next_step(
 
 def test_a_deadline_in_the_queue_drops_the_request(bounded: Server, client: httpx.Client, chelsea: bytes) -> None:
     with ThreadPoolExecutor(1) as pool:
-        before = pool.submit(post, client, chelsea, **SLOW)
+        before = pool.submit(post, client, [chelsea] * 4, **SLOW)
         wait_until(lambda: held(client) == 1, 60, bounded)
         late = post(client, chelsea, priority="batch", method="score_cam", timeout_s=0.1)
         assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")
