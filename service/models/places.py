@@ -25,9 +25,13 @@ CONTRAST = 0.25
 """Of the noise around the patches, which themselves reach from black to white."""
 CORRELATION, PEAKS = 0.8, 0.75
 """What shows that a layer is a picture: correlation of places on both axes, or the share of peaks at their place."""
-CLEAR, DISTANCE = 2.5, 0.12
-"""A response that peaks along an axis at so many times what the patches cause there on average is clear. It must lie
-so near the patches on average, in shares of the picture's side: order alone would let regrouped or padded rows pass."""
+ALONG, CLEAR, ADDED = 2.5, 3.0, 1.5
+"""A response that peaks along an axis at `ALONG` times what the patches cause there on average is clear; so is one that
+peaks at a place at `CLEAR` times that and at `ADDED` times what it does along the other axis alone. What a thin picture
+cannot tell is not clear."""
+DISTANCE, CELL = 0.11, 0.2
+"""A clear response must lie so near the patches on average, in shares of the picture's side and of a cell: order alone
+would let regrouped or padded rows pass."""
 CHUNK_PIXELS = 8 * 512 * 512
 """Pictures that run together have at most so many pixels."""
 
@@ -165,23 +169,22 @@ def _judge(response: Tensor, patches: Patches) -> Verdict:
         return Verdict(0.0, wrong=False)
     centres = {axis: _centres(relative, axis) for axis in axes}
     correlations = {axis: _correlation(centres[axis], expected[axis]) for axis in axes}
-    strength = min(correlations.values()) / CORRELATION
-    peaks = {axis: _peak(_along(response, axis)) for axis in axes}
-    distances = {axis: float((centres[axis] - expected[axis]).abs().mean()) for axis in axes}
-    elsewhere = {axis for axis in axes if correlations[axis] < CORRELATION or distances[axis] > DISTANCE}
-    wrong = any(peaks[axis] >= CLEAR for axis in elsewhere)
-    hits = _share_of_hits(relative, {axis: expected[axis] for axis in axes})
-    return Verdict(max(0.0 if wrong else strength, hits / PEAKS), wrong)
+    near = {axis: _distance(centres[axis], expected[axis]) <= DISTANCE + CELL / relative.shape[axis] for axis in axes}
+    elsewhere = [axis for axis in axes if correlations[axis] < CORRELATION or not near[axis]]
+    hits = _share_of_hits(relative, {axis: expected[axis] for axis in axes}) / PEAKS
+    wrong = hits < 1 and any(_is_clear(response, axis) for axis in elsewhere)
+    return Verdict(max(0.0 if wrong else min(correlations.values()) / CORRELATION, hits), wrong)
+
+
+def _is_clear(response: Tensor, axis: int) -> bool:
+    """Whether the response (K,h,w) speaks clearly of its places along the axis."""
+    peak, along, other = (_peak(_relative(part)) for part in (response, response.sum(3 - axis), response.sum(axis)))
+    return along >= ALONG or peak >= max(CLEAR, ADDED * other)
 
 
 def _peak(relative: Tensor) -> float:
     """The largest value of each patch's relative response, the median over the patches."""
     return float(relative.flatten(1).amax(dim=1).median())
-
-
-def _along(response: Tensor, axis: int) -> Tensor:
-    """The relative response along one axis alone, (K,n): flat where every patch reaches all of it."""
-    return _relative(response.sum(dim=3 - axis))
 
 
 def _share_of_hits(relative: Tensor, expected: Mapping[int, Tensor]) -> float:
@@ -199,6 +202,10 @@ def _centres(relative: Tensor, axis: int) -> Tensor:
     mass = (relative - 1).clamp(min=0).sum(dim=3 - axis)
     places = (torch.arange(mass.shape[1]) + 0.5) / mass.shape[1]
     return torch.where(mass.sum(dim=1) > 0, mass @ places / mass.sum(dim=1), 0.5)
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().mean())
 
 
 def _correlation(found: Tensor, expected: Tensor) -> float:

@@ -97,18 +97,38 @@ def places_of(height: int, width: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(rows), torch.tensor(columns)
 
 
-def localise(module: nn.Module) -> None:
-    """Change the weights so that places show where they look: how a value is laid out does not depend on them.
+def softmax_beside_itself(scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A softmax; where it is an attention of tokens to one another, each also attends to itself alone."""
+    probabilities: Tensor = torch.softmax(scores, *args, **kwargs)
+    tokens = scores.shape[-1]
+    return probabilities + torch.eye(tokens) if scores.ndim > 2 and scores.shape[-2] == tokens else probabilities
+
+
+def attention_beside_itself(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Scaled dot-product attention, the same way."""
+    attended = F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+    return attended + value if attended.shape == value.shape else attended
+
+
+def localise(module: fx.GraphModule) -> None:
+    """Change the network so that places show where they look: how a value is laid out does not depend on this.
 
     Vectors that are all zero (the last norm of a branch) become random, and kernels of convolutions are narrowed
-    around their centre: one of 7 x 7 sees the whole of a 4 x 4 grid from everywhere.
+    around their centre: one of 7 x 7 sees the whole of a 4 x 4 grid from everywhere. Tokens attend to themselves: with
+    random weights an attention is nearly the same mean for all.
     """
+    sharper = {
+        aten.softmax.int: softmax_beside_itself,
+        aten.scaled_dot_product_attention.default: attention_beside_itself,
+    }
+    for node in module.graph.nodes:
+        node.target = sharper.get(node.target, node.target)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.ndim == 1 and not parameter.count_nonzero():
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-            if parameter.ndim == 4 and min(parameter.shape[2:]) > 1:
+            if parameter.ndim == 4 and max(parameter.shape[2:]) > 1:
                 parameter.mul_(_window(parameter.shape[2])[:, None] * _window(parameter.shape[3]))
 
 
@@ -269,8 +289,13 @@ def _examine_default(found: Findings, program: Program, of: LayerTable) -> None:
     parallel = program.ancestors(crossing) - program.ancestors([target.node])
     found.beside = sum(node.target in WEIGHTED for node in parallel)
     shown = images(3, network_side(program))
-    together = grad_cam(program, of, shown)
-    found.alone = max(close_to(grad_cam(program, of, shown[i : i + 1])[0], together[i]) for i in range(3))
+    together = pass_at_default(program, of, shown)
+    alone = [pass_at_default(program, of, shown[i : i + 1]) for i in range(3)]
+    found.alone = max(
+        close_to(torch.cat([one[part] for one in alone]), whole)
+        for part, whole in enumerate(together)
+        if whole.count_nonzero()
+    )
 
 
 def network_side(program: Program) -> tuple[int, int]:
@@ -279,11 +304,10 @@ def network_side(program: Program) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def grad_cam(program: Program, of: LayerTable, shown: Tensor) -> Tensor:
-    """Grad-CAM of class 1 at the default layer, (N,h,w)."""
+def pass_at_default(program: Program, of: LayerTable, shown: Tensor) -> tuple[Tensor, Tensor]:
+    """Activation and gradient of class 1 at the default layer, both (N,C,h,w)."""
     trace = trace_of(program, shown, of.target(None, use_conv_only=True), [1] * len(shown))
-    weights = trace.gradient.mean(dim=(2, 3), keepdim=True)
-    return (weights * trace.activation).sum(dim=1)
+    return trace.activation, trace.gradient
 
 
 def _examine_targets(found: Findings, program: Program, targets: Sequence[Layer]) -> None:

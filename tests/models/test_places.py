@@ -13,7 +13,7 @@ from service.models.grids import Grid
 from service.models.isolation import check_isolation
 from service.models.layers import Layer, LayerTable
 from service.models.noise import Noise
-from service.models.places import PATCHES, UNSHOWN, make_patches
+from service.models.places import PATCHES, UNSHOWN, Patches, _judge, make_patches
 from service.models.program import Program, capture
 from tests.nets import deep, from_timm, program_of, seeded, table
 
@@ -143,6 +143,7 @@ def test_a_silent_layer_without_a_right_neighbour_cannot_be_shown() -> None:
         ("mobilevitv2_050", 128, "stages.4.1.transformer.1", "stages.4.1.conv_1x1"),
         ("cait_xxs24_224", 96, "blocks.0.attn.proj_l", "blocks.0.attn.proj"),
         ("hiera_tiny_224", 96, "blocks.1", "blocks.11"),
+        ("hiera_tiny_224", 96, "blocks.3", "blocks.11"),
         ("hiera_tiny_224", 224, "blocks.5", "blocks.11"),
     ],
 )
@@ -152,6 +153,89 @@ def test_what_has_the_shape_of_a_map_and_is_none_is_refused(network: str, side: 
     assert row(of, wrong).reason == UNSHOWN
     assert row(of, right).reason is None
     assert of.default is not None
+
+
+class Silent(nn.Module):
+    """Zeros made of a map by `between`, and of these more by `after`, which alone tells where they lie."""
+
+    def __init__(self, between: nn.Module, after: nn.Module, tokens: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(16, 16) if tokens else None
+        self.patches = nn.Conv2d(3, 16, 4, stride=4)
+        self.between = between
+        self.after = after
+        self.head = nn.Linear(16, 5)
+        for parameter in between.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x)
+        if self.embedding is not None:
+            x = self.embedding(x.flatten(2).transpose(1, 2))
+        beside = self.after(self.between(x))
+        places = (2, 3) if self.embedding is None else 1
+        scores: Tensor = self.head(x.mean(places) + beside.mean(places))
+        return scores
+
+
+@pytest.mark.parametrize(
+    ("network", "grid"),
+    [
+        (lambda: Silent(nn.BatchNorm2d(16), nn.AvgPool2d(2)), Grid(4, 4, 1)),
+        (lambda: Silent(nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, bias=False)), Grid(6, 6, 1)),
+        (lambda: Silent(nn.BatchNorm2d(16), nn.UpsamplingBilinear2d(scale_factor=2)), Grid(16, 16, 1)),
+        (lambda: Silent(nn.BatchNorm2d(16), nn.GroupNorm(4, 16)), Grid(8, 8, 1)),
+        (lambda: Silent(nn.LayerNorm(16), nn.Linear(16, 16, bias=False), tokens=True), Grid(8, 8, 2, prefix=0)),
+        (lambda: Silent(nn.LayerNorm(16), nn.LayerNorm(16), tokens=True), Grid(8, 8, 2, prefix=0)),
+    ],
+    ids=["pool", "convolution", "upsampling", "group norm", "linear", "layer norm"],
+)
+def test_a_silent_layer_inherits_through_what_keeps_rows_and_columns(
+    network: Callable[[], nn.Module], grid: Grid
+) -> None:
+    of = LayerTable(program_of(seeded(network), SIDE))
+    assert row(of, "between").reason is None
+    assert row(of, "after").grid == grid
+
+
+def test_a_silent_layer_inherits_nothing_through_a_norm_over_all_its_places() -> None:
+    of = LayerTable(program_of(seeded(lambda: Silent(nn.BatchNorm2d(16), nn.LayerNorm([16, 8, 8]))), SIDE))
+    assert (row(of, "between").reason, row(of, "after").reason) == (None, UNSHOWN)
+
+
+def at_patches(patches: Patches, size: int = 16, width: float = 0.0) -> Tensor:
+    """A response (PATCHES,size,size) of 1 at each patch and e^-(d/width)^2 at a distance d, of 0.01 everywhere."""
+    places = (torch.arange(size) + 0.5) / size
+    down = (places - patches.rows[:, None])[:, :, None]
+    across = (places - patches.columns[:, None])[:, None, :]
+    return torch.exp(-(down**2 + across**2) / max(width, 0.5 / size) ** 2) + 0.01
+
+
+@pytest.fixture(scope="module")
+def patches() -> Patches:
+    return make_patches(program_of(seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE**2, 2))), SIDE))
+
+
+def test_peaks_at_their_places_show_a_picture_whose_centres_an_echo_moves(patches: Patches) -> None:
+    """Six of eight patches are seen at their places best, and half as well at the opposite corner."""
+    sharp = at_patches(patches)
+    response = sharp + 0.5 * sharp.flip(1, 2).roll(3, 1)
+    assert _judge(response, patches).strength >= 1
+    for count, shown in ((6, True), (5, False)):
+        moved = response.clone()
+        moved[count:] = moved[count:].flip(1, 2)
+        verdict = _judge(moved, patches)
+        assert (verdict.strength >= 1, verdict.wrong) == (shown, not shown)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_one_axis_alone_shows_nothing(patches: Patches, axis: int) -> None:
+    """Faint along one axis, where it is reversed: it contradicts nothing, and shows nothing."""
+    right, reversed_ = at_patches(patches, width=0.1), at_patches(patches, width=0.1).flip(axis)
+    faint = right.sum(axis, keepdim=True) * (1 + 0.05 * reversed_.sum(3 - axis, keepdim=True))
+    verdict = _judge(faint, patches)
+    assert verdict.strength < 1
+    assert not verdict.wrong
 
 
 @pytest.mark.parametrize("size", [(32, 256), (40, 300), (256, 32), (64, 64)])
