@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -14,11 +15,12 @@ class Spool:
         """Raises OSError where there is no temporary folder, or no file may be made there."""
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # `close` does
         self._rest: list[bytes] = []
+        self._lock = threading.Lock()
 
     def add(self, data: bytes) -> None:
         """Append; blocks while the file is written."""
         written = 0
-        with suppress(OSError):  # the disk is full
+        with self._lock, suppress(OSError):  # the disk is full
             while not self._rest and written < len(data):
                 written += self._file.write(memoryview(data)[written:])
         if written < len(data):
@@ -33,8 +35,9 @@ class Spool:
             yield from slices(data, size)
 
     def close(self) -> None:
-        """Free the file and what is in memory."""
-        self._file.close()
+        """Free the file and what is in memory, once a thread that is still in `add` has left it."""
+        with self._lock:
+            self._file.close()
         self._rest.clear()
 
 

@@ -21,6 +21,8 @@ from service.errors import AnswersUnread
 SLICE_BYTES = 128 * 1024
 IN_MEMORY_BYTES = 32 * 2**20
 """Of all answers together. An answer that would exceed this waits in a file."""
+MAX_FILES = 256
+"""Answers that wait in files at a time; the process may have so many more files open."""
 UNREAD_RETRY_S = 5.0
 
 
@@ -35,12 +37,13 @@ def hold_little(transport: asyncio.Transport) -> None:
 
 
 class Unread:
-    """The bytes of all answers that began and did not end, and how many of them are in memory."""
+    """The bytes of all answers that began and did not end: in all, in memory, and in how many files the others are."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self.size = 0
         self.in_memory = 0
+        self.files = 0
 
     def check(self) -> None:
         """Raises AnswersUnread while there is no room for another answer."""
@@ -99,16 +102,19 @@ class _Answer:
         if self._spool is None:
             self._unread.in_memory -= self._size
         else:
+            self._unread.files -= 1
             self._spool.close()
 
     def _begin(self, size: int) -> None:
         self._size = size
         self._unread.size += size
-        if self._unread.in_memory + size > IN_MEMORY_BYTES:
+        if self._unread.in_memory + size > IN_MEMORY_BYTES and self._unread.files < MAX_FILES:
             with contextlib.suppress(OSError):  # it waits in memory then
                 self._spool = Spool()
         if self._spool is None:
             self._unread.in_memory += size
+        else:
+            self._unread.files += 1
 
     async def _send_parts(self, parts: Iterator[bytes]) -> None:
         for part in parts:
