@@ -29,13 +29,17 @@ class Spool:
     def parts(self, size: int) -> Iterator[bytes]:
         """All of it, at most `size` bytes at a time. Blocks while the file is read."""
         self._file.seek(0)
-        while part := self._file.read(size):
+        while part := self._read(size):
             yield part
         for data in self._rest:
             yield from slices(data, size)
 
+    def _read(self, size: int) -> bytes:
+        with self._lock:
+            return self._file.read(size)
+
     def close(self) -> None:
-        """Free the file and what is in memory, once a thread that is still in `add` has left it."""
+        """Free the file and what is in memory, once a thread that still writes or reads has left it."""
         with self._lock:
             self._file.close()
         self._rest.clear()

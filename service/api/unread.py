@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -88,11 +87,14 @@ class _Answer:
             return
         body, more = message.get("body", b""), message.get("more_body", False)
         if self._spool is None:
-            await self._send_parts(slices(body, SLICE_BYTES))
+            for part in slices(body, SLICE_BYTES):
+                await self._send_part(part)
         else:
             await asyncio.to_thread(self._spool.add, body)
             if not more:
-                await self._send_parts(self._spool.parts(SLICE_BYTES))
+                parts = self._spool.parts(SLICE_BYTES)
+                while part := await asyncio.to_thread(next, parts, b""):
+                    await self._send_part(part)
         if not more:  # waits until the last slice has left the transport
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -116,6 +118,5 @@ class _Answer:
         else:
             self._unread.files += 1
 
-    async def _send_parts(self, parts: Iterator[bytes]) -> None:
-        for part in parts:
-            await self._send({"type": "http.response.body", "body": part, "more_body": True})
+    async def _send_part(self, part: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": part, "more_body": True})
