@@ -62,13 +62,14 @@ class _Help(argparse.HelpFormatter):
 
 
 def _serve(settings: Settings) -> None:
-    from service.app import Server, create_app
+    from service.app import Server, create_app, return_freed_memory
     from service.workers.devices import resolve
 
     logs.configure(settings.log_level, settings.log_format)
     warn_of_unknown(os.environ)
     check_exposure(settings)
     resolve(settings.device)  # a device that is not there stops the start here, with a message
+    return_freed_memory()
     Server(create_app(settings), settings).run()
 
 

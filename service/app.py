@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import gc
 import logging
 import math
@@ -17,7 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service import __version__
-from service.api import RESERVE, bounded_connection, mount
+from service.api import MAX_FILES, RESERVE, bounded_connection, mount
 from service.dispatch.dispatcher import Dispatcher
 from service.models.repository import scan
 from service.settings import Settings
@@ -27,8 +29,11 @@ from service.workers.pool import Pool
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 5
-OWN_FILES = 128
-"""Files that the server has open beside connections: pipes to workers, logs, what a library opens for a moment."""
+OWN_FILES = 128 + MAX_FILES
+"""Files that the server has open beside connections: answers, pipes to workers, logs, what a library opens for a
+moment."""
+M_MMAP_THRESHOLD = -3
+"""Of glibc's `mallopt`."""
 SAME_SIGNAL_S = 1.0
 """A process gets a signal twice that is sent to its group and passed on by its parent, as `make` does."""
 
@@ -79,6 +84,15 @@ def with_room_for_connections(settings: Settings) -> Settings:
         settings.max_connections,
     )
     return settings.model_copy(update={"max_connections": connections})
+
+
+def return_freed_memory() -> None:
+    """Have glibc return blocks of 128 KiB and more when they are freed.
+
+    Else it keeps blocks as large as any that it has freed before, up to 32 MiB, and the process stays as large.
+    """
+    with contextlib.suppress(AttributeError):  # of another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
 
 
 class Server(uvicorn.Server):

@@ -87,7 +87,9 @@ class Settings(BaseModel):
         800, ge=1, description="open connections; a few more are accepted to answer probes, and get 503 for all else"
     )
     max_unread_bytes: int = Field(
-        256 * MIB, ge=1, description="bytes of all answers that are being sent; above it new work is refused"
+        256 * MIB,
+        ge=1,
+        description="bytes of all answers being sent, in memory or in files; above it work is refused",
     )
     max_header_bytes: int = Field(64 * 1024, ge=1024, description="bytes of one request's line and headers")
     max_body_bytes: int = Field(32 * MIB, ge=1, description="bytes of one request's body")

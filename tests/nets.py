@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from torch.nn import functional as F
 from service.explain.means import Means
 from service.explain.trace import Pass, Trace
 from service.imaging.geometry import Fit
-from service.models.heads import Heads
+from service.models.activations import ActivationCache
+from service.models.heads import DTYPES, Heads
 from service.models.layers import LayerTable, Target
 from service.models.program import Program, capture
 from service.models.resident import Model
-from service.models.spec import InputSpec, ModelSpec, OutputSpec
+from service.models.spec import InputSpec, ModelSpec, OutputSpec, Precision
 from service.workers.compute import Explained
 from service.workers.device import Device
 from service.workers.messages import ExplainRequest
@@ -91,6 +93,25 @@ def model_of(
     names = labels or tuple(f"class {number}" for number in range(program.num_classes))
     fit = Fit(spec.input.size, spec.input.fit, spec.input.resize, spec.input.interpolation, spec.input.mean)
     return Model("net", spec, "sha256:0", names, program, LayerTable(program), Heads(program), CPU, fit)
+
+
+def reduced(module: nn.Module, size: int, precision: Precision) -> tuple[Program, LayerTable]:
+    """The network captured from a copy in reduced precision."""
+    dtype = DTYPES[precision]
+    program = Program(capture(copy.deepcopy(module).to(dtype), torch.zeros(2, 3, size, size, dtype=dtype)))
+    return program, LayerTable(program)
+
+
+def reduced_model(
+    module: nn.Module,
+    size: int,
+    precision: Precision,
+    values: dict[str, tuple[float, float, float]],
+    activations: ActivationCache | None = None,
+) -> Model:
+    model = model_of(program_of(module, size), values=values)
+    heads = Heads(model.program, precision, reduced(module, size, precision), activations)
+    return replace(model, heads=heads)
 
 
 def request(count: int = 1, *classes: tuple[int | str, ...], **fields: Any) -> ExplainRequest:

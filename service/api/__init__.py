@@ -2,5 +2,6 @@
 
 from service.api.connection import RESERVE, bounded_connection
 from service.api.routes import mount
+from service.api.unread import MAX_FILES
 
-__all__ = ["RESERVE", "bounded_connection", "mount"]
+__all__ = ["MAX_FILES", "RESERVE", "bounded_connection", "mount"]

@@ -22,7 +22,7 @@ Embed = Callable[[Heatmap], Document]
 
 
 class ChunkedResponse(Response):
-    """A response of known length whose body is sent as the chunks it is made of, without joining them."""
+    """A response of known length whose body is sent as the chunks it is made of; each is let go once it is sent."""
 
     def __init__(self, chunks: list[bytes], media_type: str) -> None:
         super().__init__(media_type=media_type, headers={"content-length": str(sum(map(len, chunks)))})
@@ -30,8 +30,9 @@ class ChunkedResponse(Response):
 
     async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for chunk in self.chunks:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        self.chunks.reverse()
+        while self.chunks:
+            await send({"type": "http.response.body", "body": self.chunks.pop(), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -57,7 +58,7 @@ def json_answer(answer: Answer, result_format: Literal["results", "dl_result"], 
 def single_answer(answer: Answer) -> Response:
     """The only heatmap of an answer, its class in the headers."""
     (heatmap,) = answer.results[0].heatmaps
-    response = Response(heatmap.data, media_type=heatmap.media_type)
+    response = ChunkedResponse([heatmap.data], heatmap.media_type)
     response.headers["X-Class-Id"] = str(heatmap.class_id)
     response.headers["X-Class-Name"] = quote(heatmap.class_name, safe="", errors="replace")
     response.headers["X-Confidence"] = json.dumps(_finite(heatmap.confidence))

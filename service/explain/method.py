@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Annotated, ClassVar, Literal, TypeVar
 
-import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
 from torch import Tensor
@@ -152,7 +151,7 @@ class WeightedCam(Method):
         assert isinstance(params, WeightedCamParams)
         if params.eigen_smooth or params.aug_smooth or (magnitudes := self.term_error(trace, params)) is None:
             return None
-        return torch.finfo(magnitudes.dtype).eps * magnitudes.flatten(1).amax(dim=1)
+        return trace.eps * magnitudes.flatten(1).amax(dim=1)
 
     def heatmap(self, trace: Trace, params: GenParams) -> Tensor:
         assert isinstance(params, WeightedCamParams)

@@ -32,12 +32,15 @@ class Pass:
         targets: Sequence[Target] = (),
         values: Sequence[Tensor] | None = None,
         means: Means | None = None,
+        eps: float | None = None,
     ) -> None:
-        """`images` is (N,3,H,W), normalised; `values` are the cut's roots and crossings where they are known."""
+        """`images` is (N,3,H,W), normalised; `values` are the cut's roots and crossings where they are known, `eps` is
+        the one of the dtype in which they were computed, the images' where it is None."""
         self.program = program
         self.images = images
         self.targets = targets
         self.means = means or Means()
+        self.eps = torch.finfo(images.dtype).eps if eps is None else eps
         self._nodes = tuple(target.node for target in targets)
         self._values = values
         self._runs: dict[Rule | None, tuple[Tensor, dict[fx.Node, Tensor]]] = {}
@@ -146,6 +149,11 @@ class Trace:
     def images(self) -> Tensor:
         """The network's input, (N,3,H,W), normalised."""
         return self._pass.images
+
+    @property
+    def eps(self) -> float:
+        """How finely the activation is rounded, relative to 1: the head may run in reduced precision."""
+        return self._pass.eps
 
     @property
     def classes(self) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +12,7 @@ from service.explain.mathematics import minmax, upsample
 from service.explain.method import GenParams, Method, ScaledParams, register
 from service.explain.trace import Trace
 from service.models.grids import BATCH_NORMS, CONVOLUTIONS
+from service.models.operations import argument_of
 from service.models.program import Program, as_tuple, gradients_of
 
 aten = torch.ops.aten
@@ -84,22 +84,15 @@ def _biased_value(program: Program, node: fx.Node) -> fx.Node | None:
 
 def _parameters(layer: fx.Node) -> dict[str, fx.Node]:
     """The tensors that the layer's bias is made of, by name, as far as it has them."""
-    found = {name: _argument(layer, name) for name in PARAMETERS[layer.target]}
+    found = {name: argument_of(layer, name) for name in PARAMETERS[layer.target]}
     return {name: node for name, node in found.items() if node is not None}
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    """An argument of an operation by its name; None where it has not been given."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    place = [argument.name for argument in node.target._schema.arguments].index(name)
-    return node.args[place] if place < len(node.args) else node.kwargs.get(name)
 
 
 def _bias(layer: fx.Node, known: Mapping[fx.Node, Tensor], dimensions: int) -> Tensor:
     """What the layer adds to its value; of a batch norm shift - gain * mean / sqrt(variance + eps)."""
     found = {name: known[node].detach() for name, node in _parameters(layer).items()}
     if layer.target in BATCH_NORMS:
-        mean = found["running_mean"] * (found["running_var"] + _argument(layer, "eps")).rsqrt()
+        mean = found["running_mean"] * (found["running_var"] + argument_of(layer, "eps")).rsqrt()
         bias = found.get("bias", torch.zeros_like(mean)) - found.get("weight", torch.ones_like(mean)) * mean
     else:
         bias = found["bias"]

@@ -50,6 +50,11 @@ class Head:
         layers = (f"{target.name}{'' if target.use_conv_only else ' (ReLU)'}" for target in self.targets)
         return " + ".join(layers) or "scores"
 
+    @property
+    def eps(self) -> float:
+        """Of the dtype in which it runs."""
+        return torch.finfo(self.dtype).eps
+
     def __call__(self, images: Tensor) -> Values:
         """The values at the cut, roots and crossings, raised to fp32, of images (N,3,H,W)."""
         compiled = self.compiled

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from service.models.operations import (
     BOUNDED,
     CHOICES,
+    CHOOSING,
     COMBINING,
     CONSTANTS,
     FILLS,
@@ -33,6 +34,7 @@ from service.models.operations import (
     UNDERSTOOD,
     WEIGHING,
     ZEROS,
+    argument_of,
     is_elementwise,
     is_foreign,
     name_of,
@@ -88,7 +90,7 @@ class Nonlinearities:
             self._unknown.append(_told(node))
         elif is_elementwise(node):
             self._read_elementwise(node)
-        elif name_of(node) not in UNDERSTOOD and self._keeps_shape(node):
+        elif _chooses_among_stacked(node) or (name_of(node) not in UNDERSTOOD and self._keeps_shape(node)):
             self._unknown.append(_told(node))
 
     def _keeps_shape(self, node: fx.Node) -> bool:
@@ -237,6 +239,21 @@ def _is_named(node: fx.Node) -> bool:
     (reader,) = node.users
     scaled = reader.target in QUOTIENTS | PRODUCTS and len(reader.all_input_nodes) == 1
     return not (scaled and node.all_input_nodes[0].target in SUMS)
+
+
+def _chooses_among_stacked(node: fx.Node) -> bool:
+    """Whether the operation chooses among values that were stacked for it: such as x and 0, which makes a ReLU."""
+    if name_of(node) not in CHOOSING or (chosen := argument_of(node, "dim")) is None:
+        return False
+    source = node.all_input_nodes[0]
+    while source.target in IDENTITIES:
+        source = source.all_input_nodes[0]
+    if name_of(source) not in ("stack", "cat"):
+        return False
+    count = source.meta["val"].ndim
+    dim = argument_of(source, "dim") % count
+    single = name_of(source) == "stack" or all(part.meta["val"].shape[dim] == 1 for part in source.all_input_nodes)
+    return single and dim in {one % count for one in (chosen if isinstance(chosen, list | tuple) else [chosen])}
 
 
 def _may_weigh(node: fx.Node) -> bool:

@@ -76,6 +76,8 @@ REDUCTIONS = _names(
     "sum mean amax amin var std linalg_vector_norm logsumexp avg_pool1d avg_pool2d avg_pool3d",
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d",
 )
+CHOOSING = _names("amax amin max min aminmax median nanmedian kthvalue mode sort topk logsumexp")
+"""Reductions that choose among values; over values that are stacked for it, functions of each of them."""
 SHAPING = _names(
     "view _unsafe_view reshape expand unsqueeze squeeze flatten unflatten permute transpose t numpy_T movedim flip",
     "type_as roll select slice split split_with_sizes chunk unbind getitem cat stack repeat tile repeat_interleave",
@@ -116,6 +118,15 @@ def is_elementwise(node: fx.Node) -> bool:
     return operation in UNTAGGED or (
         isinstance(operation, torch._ops.OpOverload) and torch.Tag.pointwise in operation.tags
     )
+
+
+def argument_of(node: fx.Node, name: str) -> Any:
+    """An argument of an operation by its name, its default where it is not given; None where there is none."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for place, argument in enumerate(node.target._schema.arguments):
+        if argument.name == name:
+            return node.args[place] if place < len(node.args) else node.kwargs.get(name, argument.default_value)
+    return None
 
 
 def name_of(node: fx.Node) -> str:

@@ -18,6 +18,7 @@ from service.models.packages import PackageStore
 from service.models.repository import Entry
 from service.models.resident import Model
 from service.settings import Settings
+from service.workers import wire
 from service.workers.compiler import Compiler
 from service.workers.device import Device
 from service.workers.engine import Engine
@@ -50,7 +51,7 @@ def main(
 
     def send(message: ToParent) -> None:
         with lock, contextlib.suppress(OSError):
-            connection.send(message)
+            wire.send(connection, message)
 
     engine = Engine(Device(device, settings.streams, settings.max_batch), settings)
     engine.device.on_poisoned = _leave_poisoned

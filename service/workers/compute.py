@@ -90,7 +90,7 @@ def _explain_at_once(
     targets = tuple(by_node.values()) or model.cut
     head = model.heads.at(*targets)
     means = Means(model.predict, chunk, check)
-    one = Pass(model.program, images, targets, model.heads.values(head, images, pictures), means)
+    one = Pass(model.program, images, targets, model.heads.values(head, images, pictures), means, head.eps)
     explained = _explain_pass(tasks, one, classes, head.precision)
     lost = [index for index, each in enumerate(explained) if head.precision != "fp32" and _underflowed(each)]
     if lost:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from pickle import PickleBuffer
+from typing import Literal, SupportsIndex
 
 from service.errors import ServiceError
 from service.imaging.maps import Size
@@ -76,6 +77,11 @@ class Heatmap:
     width: int
     height: int
     data: bytes
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type[Heatmap], tuple[object, ...]]:
+        """Its data may be pickled beside it (PEP 574)."""
+        beside = {"data": PickleBuffer(self.data)} if protocol.__index__() >= 5 else {}
+        return Heatmap, (*(vars(self) | beside).values(),)
 
 
 @dataclass(frozen=True)

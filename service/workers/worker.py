@@ -18,7 +18,7 @@ from pathlib import Path
 
 from service.models.repository import Entry
 from service.settings import Settings
-from service.workers import entry
+from service.workers import entry, wire
 from service.workers.entry import SURVIVED
 from service.workers.messages import (
     EXIT_POISONED,
@@ -187,7 +187,7 @@ class Worker:
         try:
             with contextlib.suppress(EOFError, OSError):
                 while True:
-                    self._post(self._connection.recv())
+                    self._post(wire.receive(self._connection))
         finally:
             self._outbox.put(None)
             self.process.join(EXIT_S)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import tempfile
 import threading
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,24 +19,28 @@ import pytest
 import uvicorn
 from starlette.responses import Response, StreamingResponse
 
+from service.api import unread as module
+from service.api.answers import ChunkedResponse
 from service.api.connection import bounded_connection
 from service.api.unread import Unread
 from service.errors import AnswersUnread
 from service.settings import Settings
+from service.workers.messages import Answer, ExplainRequest
 from tests.api.support import StandIn, make_app
 from tests.server import wait_until
 
 LARGE = 12 * 2**20
 SLICE = 128 * 1024  # what must be read in WAIT_S
-SIZES = {"/whole": LARGE, "/streamed": LARGE, "/short": SLICE + 40_000}
+SIZES = {"/whole": LARGE, "/chunked": LARGE, "/streamed": LARGE, "/short": SLICE + 40_000}
 WAIT_S = 1.0
+READERS = 4
 
 
 @contextmanager
-def serving(**settings: Any) -> Iterator[int]:
-    """The API with three answers beside it; yields its port."""
+def serving(dispatcher: StandIn | None = None, **settings: Any) -> Iterator[int]:
+    """The API with some answers beside it; yields its port."""
     given = Settings(**{"body_timeout_s": WAIT_S, **settings})
-    app = make_app(StandIn(), given)
+    app = make_app(dispatcher or StandIn(), given)
 
     @app.get("/whole")
     async def whole() -> Response:
@@ -41,6 +49,10 @@ def serving(**settings: Any) -> Iterator[int]:
     @app.get("/short")
     async def short() -> Response:
         return Response(b"s" * SIZES["/short"])
+
+    @app.get("/chunked")
+    async def chunked() -> Response:
+        return ChunkedResponse([b"c" * 2**20 for _ in range(LARGE // 2**20)], "text/plain")
 
     @app.get("/streamed")
     async def streamed() -> Response:
@@ -111,13 +123,68 @@ def test_an_answer_that_is_read_steadily_arrives_whole(path: str) -> None:
     """Also where it takes much longer than one slice may."""
     with serving(max_unread_bytes=LARGE) as port, ask_unread(port, path) as steady:
         steady.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
-        began, received = time.monotonic(), bytearray()
-        while b"\r\n\r\n" not in received or len(received.partition(b"\r\n\r\n")[2]) < LARGE:
-            data = steady.recv(2**20)
-            assert data, len(received)
-            received += data
-            time.sleep(0.0 if time.monotonic() - began > 2.5 * WAIT_S else len(data) / (4 * SLICE) * WAIT_S)
-        assert received.partition(b"\r\n\r\n")[2] == path[1:2].encode() * LARGE
+        assert read(steady, steadily_s=2.5 * WAIT_S) == path[1:2].encode() * LARGE
+
+
+def read(one: socket.socket, steadily_s: float = 0.0) -> bytes:
+    """A large answer's body, read at four times the least rate for so long and then at once."""
+    began, received = time.monotonic(), bytearray()
+    while b"\r\n\r\n" not in received or len(received.partition(b"\r\n\r\n")[2]) < LARGE:
+        data = one.recv(2**20)
+        assert data, len(received)
+        received += data
+        time.sleep(0.0 if time.monotonic() - began > steadily_s else len(data) / (4 * SLICE) * WAIT_S)
+    return bytes(received.partition(b"\r\n\r\n")[2])
+
+
+def test_of_large_answers_one_is_in_memory_and_the_others_wait_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "IN_MEMORY_BYTES", LARGE)
+    with serving(max_unread_bytes=READERS * LARGE - 1, body_timeout_s=60) as port, contextlib.ExitStack() as stack:
+        assert post(port).status_code == 200
+        tracemalloc.start()
+        stack.callback(tracemalloc.stop)
+        readers = [stack.enter_context(ask_unread(port, "/chunked")) for _ in range(READERS)]
+        wait_until(lambda: post(port).status_code == 503, 10)  # all have begun
+        wait_until(lambda: tracemalloc.get_traced_memory()[0] < 1.5 * LARGE, 10)
+        for one in readers:
+            assert read(one) == b"c" * LARGE
+
+
+@pytest.mark.parametrize("path", ["/whole", "/streamed"])
+def test_without_a_temporary_folder_answers_wait_in_memory(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> None:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(module, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with serving() as port, ask_unread(port, path) as one:
+        assert read(one) == path[1:2].encode() * LARGE
+
+
+class Held(StandIn):
+    """Answers when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.release = threading.Event()
+
+    async def explain(self, request: ExplainRequest, size_bytes: int, timeout_s: float) -> Answer:
+        answer = await super().explain(request, size_bytes, timeout_s)
+        await asyncio.to_thread(self.release.wait)
+        return answer
+
+
+def test_what_was_accepted_earlier_is_refused_too_once_it_is_computed() -> None:
+    """Else the answers of all that is queued would wait beyond the bound."""
+    held = Held()
+    with serving(held, max_unread_bytes=LARGE - 1, body_timeout_s=60) as port, ThreadPoolExecutor() as threads:
+        accepted = threads.submit(post, port)
+        wait_until(lambda: len(held.asked) == 1, 10)
+        with ask_unread(port):
+            wait_until(lambda: post(port).status_code == 503, 10)
+            held.release.set()
+            assert accepted.result().json()["code"] == "answers_unread"
+        assert len(held.asked) == 1
 
 
 def test_the_bound_counts_all_answers_together() -> None:

@@ -16,15 +16,19 @@ from service.explain.method import REGISTRY
 from service.imaging.geometry import place
 from service.imaging.maps import degeneracy
 from service.models.program import Program, capture
+from service.models.spec import Precision
 from service.workers.edges import Picture, render_picture
 from service.workers.messages import Heatmap
 from tests.nets import (
+    IMAGENET,
+    RAW,
     Varied,
     explain,
     images,
     model_of,
     pictures,
     program_of,
+    reduced_model,
     request,
     seeded,
     table,
@@ -122,12 +126,47 @@ def test_several_layers_tell_no_rounding_error() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_estimate_bounds_the_error_of_a_map_that_means_something(method: str) -> None:
-
     single, double, error = both(seeded(Varied), 12, "third", method)
     for one, other, estimate in zip(single.double(), double, error.double(), strict=True):
         assert (one - other).abs().max() < 20 * estimate
         assert degeneracy(one.float().numpy(), float(estimate)) != "cancelled"
         assert estimate > 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_estimate_knows_the_precision_of_the_head(method: str, precision: Precision) -> None:
+    """It lies near the error against float64, which is 60,000 times as large in bf16 as in fp32."""
+    module, classes, shown = seeded(Varied), (1, 3), pictures(2, 12)
+    model = model_of(program_of(module, 12), values=IMAGENET)
+    if precision != "fp32":
+        model = reduced_model(module, 12, precision, IMAGENET)
+    params = {"target_conv_layer": "third"}
+    answers = explain(model, request(2, (1,), (3,), methods=(method,), gen_params=params), shown)
+
+    double = Program(capture(copy.deepcopy(module).double(), torch.zeros(2, 3, 12, 12, dtype=torch.float64)))
+    target = table(double).target("third", True)
+    trace = trace_of(double, model.normalise(shown).double(), target, classes)
+    exact = REGISTRY[method].heatmap(trace, REGISTRY[method].Params())
+    for answer, wanted in zip(answers, exact, strict=True):
+        assert answer.precision == precision
+        error = float(np.abs(answer.maps[0].values - wanted.numpy()).max())
+        estimate = answer.maps[0].rounding_error
+        assert estimate is not None
+        assert error < 20 * estimate
+        assert estimate < 20 * error
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_what_cancels_but_for_the_rounding_of_a_reduced_head_is_reported_as_such(precision: Precision) -> None:
+    """On paper XGrad-CAM divides by zero here; what a reduced head leaves of it is far above fp32's rounding."""
+    model = reduced_model(seeded(Centred), 12, precision, RAW)
+    asked = request(1, methods=("xgrad_cam",), gen_params={"target_conv_layer": "centre"})
+    (answer,) = explain(model, asked, pictures(1, 12))
+    raw = answer.maps[0]
+    assert answer.precision == precision
+    assert np.abs(raw.values).max() > 0
+    assert degeneracy(raw.values, raw.rounding_error) == "cancelled"
 
 
 def test_answers_tell_the_errors_of_the_methods_that_declare_them() -> None:

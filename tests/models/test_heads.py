@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -17,20 +16,26 @@ from torch.nn import functional as F
 from service.models.activations import ActivationCache
 from service.models.heads import DTYPES, Head, Heads
 from service.models.layers import LayerTable, Target
-from service.models.program import MAX_SPLITS, Program, capture
-from service.models.resident import Model
+from service.models.program import MAX_SPLITS, Program
 from service.models.spec import Precision
 from service.workers.compute import Explained
-from tests.nets import IMAGENET, Varied, close_to, explain, images, model_of, pictures, program_of, request, seeded
+from tests.nets import (
+    IMAGENET,
+    RAW,
+    Varied,
+    close_to,
+    explain,
+    images,
+    model_of,
+    pictures,
+    program_of,
+    reduced,
+    reduced_model,
+    request,
+    seeded,
+)
 
 REDUCED: list[Precision] = ["bf16", "fp16"]
-
-
-def reduced(module: nn.Module, size: int, precision: Precision) -> tuple[Program, LayerTable]:
-    """The network captured from a copy in reduced precision."""
-    dtype = DTYPES[precision]
-    program = Program(capture(copy.deepcopy(module).to(dtype), torch.zeros(2, 3, size, size, dtype=dtype)))
-    return program, LayerTable(program)
 
 
 def targets(program: Program, *names: str, use_conv_only: bool = True) -> list[Target]:
@@ -207,9 +212,6 @@ def test_where_the_reduced_network_is_another_one_the_head_is_exact(
     assert model.heads.at(model.layers.target("first", True)).precision == "bf16", "before they part they agree"
 
 
-RAW = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
-
-
 class Extreme(nn.Module):
     """The last layer gives `up` times the red. The scores are `down` times its places, weighed 1, 2, 3, 4 and back."""
 
@@ -226,18 +228,6 @@ class Extreme(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scores: Tensor = self.head(self.last(self.stem(x)).flatten(1))
         return scores
-
-
-def reduced_model(
-    module: nn.Module,
-    size: int,
-    precision: Precision,
-    values: dict[str, tuple[float, float, float]],
-    activations: ActivationCache | None = None,
-) -> Model:
-    model = model_of(program_of(module, size), values=values)
-    heads = Heads(model.program, precision, reduced(module, size, precision), activations)
-    return replace(model, heads=heads)
 
 
 @cache

@@ -183,6 +183,11 @@ NONE: dict[str, Function] = {
     "softmax_by_hand": lambda x: (x - x.amax(1, keepdim=True)).exp() / x.exp().sum(1, keepdim=True),
     "squeeze_and_excitation": lambda x: x * torch.sigmoid(1.5 * x.mean((2, 3), keepdim=True)),
     "hard_squeeze_and_excitation": lambda x: x * (F.relu6(3 * x.mean((2, 3), keepdim=True) + 3) / 6),
+    "spatial_gate_of_several": lambda x: (
+        x * torch.sigmoid(torch.stack([x.amax(1, keepdim=True), x.mean(1, keepdim=True)]).sum(0))
+    ),
+    "global_maximum_of_parts": lambda x: x - torch.cat([x, x.flip(1)], 1).amax(1, keepdim=True),
+    "maximum_over_places_of_a_stack": lambda x: x - torch.stack([x, x.flip(1)]).amax((3, 4), keepdim=True).sum(0),
     "spatial_gate": lambda x: x * torch.sigmoid(x.amax(1, keepdim=True)),
     "layer_norm": lambda x: F.layer_norm(x, x.shape[1:]),
     "layer_norm_by_hand": lambda x: (
@@ -253,6 +258,12 @@ REFUSED: dict[str, tuple[Function, str]] = {
     "two_values": (lambda x: torch.maximum(x, x.flip(1)), "maximum"),
     "chosen_by_another": (lambda x: torch.where(x.flip(1) > 0, x, 0), "where"),
     "read_twice": (leaking, "mul"),
+    "amax_of_a_stack": (lambda x: torch.stack([x, torch.zeros_like(x)]).amax(0), "amax"),
+    "max_of_a_stack": (lambda x: torch.stack([torch.zeros_like(x), x], -1).max(-1).values, "max"),
+    "amax_of_a_stack_by_hand": (lambda x: torch.cat([x[None], torch.zeros_like(x[None])]).clone().amax(0), "amax"),
+    "middle_of_a_stack": (lambda x: torch.stack([x, 0 * x, 6 + 0 * x], 1).median(1).values, "median"),
+    "greatest_of_a_stack": (lambda x: torch.stack([x, torch.zeros_like(x)]).topk(1, 0).values[0], "topk"),
+    "softplus_of_a_stack": (lambda x: torch.stack([x, torch.zeros_like(x)]).logsumexp(0), "logsumexp"),
     "not_listed": (lambda x: torch.renorm(x, 2, 0, 1.0), "renorm"),
 }
 RULED = [

@@ -38,7 +38,7 @@ ACTIVATION_CACHE = 2 * 2**20
 CACHE = Path("build/soak")
 COMPILED_S, QUIET_S = 600.0, 3.0
 SETTLE_S, STOP_S = 10.0, 60.0
-ATTACK_EVERY_S, ALONE_S = 3.0, 15.0
+ALONE_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Options:
     tiny: bool = False
     reload: bool = True
     attacks: bool = True
+    attack_every_s: float = 3.0
     device: str = "auto"
     compiled_heads: int = Settings.model_fields["compiled_heads"].default
 
@@ -110,7 +111,7 @@ async def _under_load(server: Server, options: Options, key: str) -> Findings:
     _say(f"{options.clients} clients for {options.minutes:g} minutes")
     shares: list[float] = []
     target = Target(server.url, key)
-    attacks = attacking(target, MIXED, ATTACK_EVERY_S) if options.attacks else nullcontext(found.attacks)
+    attacks = attacking(target, MIXED, options.attack_every_s) if options.attacks else nullcontext(found.attacks)
     with others.watched(shares), probing(server.url) as found.probes, attacks as found.attacks:
         meanwhile = [
             watch_memory(server, found.memory),
@@ -211,6 +212,14 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--tiny", action="store_true", help="without the embedded model")
     parser.add_argument("--reload", action=argparse.BooleanOptionalAction, default=default.reload, help="of models")
     parser.add_argument("--attacks", action=argparse.BooleanOptionalAction, default=default.attacks, help="mixed in")
+    parser.add_argument(
+        "--attack-every",
+        type=float,
+        default=default.attack_every_s,
+        metavar="S",
+        dest="attack_every_s",
+        help="pause between two",
+    )
     parser.add_argument("--device", default=default.device, help="as of `serve`")
     parser.add_argument("--compiled-heads", type=int, default=default.compiled_heads, help="as of `serve`")
     return Options(**vars(parser.parse_args(arguments)))

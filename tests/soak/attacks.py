@@ -231,17 +231,18 @@ async def idle_connections(target: Target) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+# The quick ones first: a short soak comes to no others.
 ATTACKS: dict[str, Attack] = {
     attack.__name__: attack
     for attack in (
         trailers,
+        upgrade,
+        small_values,
         pipelines,
         pipelines_behind_a_slow_post,
-        upgrade,
         webp,
         jpeg_scans,
         slow_readers,
-        small_values,
         idle_connections,
     )
 }

@@ -18,6 +18,7 @@ import pytest
 from service.errors import PictureQuarantined, WorkerLost
 from service.models.repository import Entry, scan
 from service.settings import Settings
+from service.workers import wire
 from service.workers.messages import EXIT_POISONED, Answer, Done, ExplainRequest, Job, Load, ModelInfo, ToParent
 from service.workers.pool import MAX_BACKOFF_S, MAX_CAPTURES, Pool, _wait_or_kill
 from service.workers.worker import Worker
@@ -128,7 +129,7 @@ async def test_what_a_worker_said_before_its_death_is_heard(tmp_path: Path) -> N
     heard: list[ToParent | None] = []
     worker = Worker("cpu", Settings(compiled_heads=0), (), tmp_path, lambda worker, message: heard.append(message))
     last_words = Done(1, answer())
-    worker._child_end.send(last_words)
+    wire.send(worker._child_end, last_words)
     worker._child_end.close()
     worker.process = cast(Any, FakeProcess())
     worker.submit(explain(2))  # which cannot be sent any more
