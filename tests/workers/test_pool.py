@@ -642,6 +642,19 @@ def build():
 
 
 @on_loop
+async def test_without_a_temporary_folder_workers_come_and_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    async with Bench() as bench:
+        bench.worker.die()
+        fresh = await bench.started()
+        fresh.serve("tiny")
+        assert fresh.serves
+        assert fresh.folder is None
+        bench.pool._clear_away()
+        bench.pool.kill()
+
+
+@on_loop
 async def test_what_is_written_for_a_dead_worker_is_removed_again() -> None:
     async with Bench() as bench:
         folder = bench.worker.folder
