@@ -106,7 +106,7 @@ def create_router(dispatcher: Dispatcher, settings: Settings, metrics: Metrics, 
             raise
         except DeadlineExceeded:
             raise deadline_exceeded(deadline) from None  # in the client's number, not in what was left of it
-        request.state.timings = answer.timings
+        request.state.timings, request.state.incomplete = answer.timings, answer.incomplete
         metrics.answered(answer.model_id, answer.timings)
         unread.check()  # others may have been computed meanwhile
         return answer

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 def log_request(scope: Scope) -> None:
     """Log a request that is over. The scope's state has what the room learned of it."""
     level = logging.DEBUG if scope["path"] in QUIET else logging.INFO
+    if scope["state"].get("incomplete"):  # whoever asked should ask for more steps
+        level = logging.WARNING
     if logger.isEnabledFor(level):
         logger.log(level, "request", extra={"fields": _fields(scope)})
 
@@ -62,6 +64,7 @@ def _fields(scope: Scope) -> dict[str, object]:
         "status": status,
         "code": code,
         "key": state.get("key_name"),
+        "completeness_error": state.get("incomplete"),
         **{f"{stage}_ms": round(value * 1000, 3) for stage, value in seconds.items()},
         "outcome": outcome(state),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -19,12 +18,8 @@ from service.models.resident import Model
 from service.models.spec import Precision
 from service.workers.plan import Task
 
-logger = logging.getLogger(__name__)
-
 Pixels = NDArray[np.uint8]
 Numbers = list[float | None]
-INCOMPLETE = 0.05
-"""A completeness error that is logged: more steps would be needed."""
 
 
 @dataclass(frozen=True)
@@ -136,15 +131,7 @@ def _maps(tasks: tuple[Task, ...], one: Pass, chosen: list[tuple[int, ...]]) -> 
                     found[index][place].append(
                         RawMap(task, wanted[turn], values[index], rounding[index], incomplete[index])
                     )
-    _say_incomplete([raw for of_picture in found for of_task in of_picture for raw in of_task])
     return [tuple(raw for of_task in of_picture for raw in of_task) for of_picture in found]
-
-
-def _say_incomplete(maps: list[RawMap]) -> None:
-    """One line for a batch: its worst map."""
-    share, name = max(((raw.completeness_error or 0.0, raw.task.method.name) for raw in maps), default=(0.0, ""))
-    if share > INCOMPLETE:
-        logger.warning("%s misses the difference of the scores by up to %.1f %%", name, 100 * share)
 
 
 def _errors(task: Task, backward: Backward, made: Tensor) -> tuple[Numbers, Numbers]:

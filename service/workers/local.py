@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from service.workers.devices import resolve
 from service.workers.engine import Engine
 from service.workers.loading import load_into
 from service.workers.messages import ExplainRequest
+
+logger = logging.getLogger(__name__)
 
 ENCODINGS: dict[str, Encoding] = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 
@@ -77,6 +80,9 @@ def _explain_file(engine: Engine, model_id: str, method: str, picture: Path, fil
         encoding=ENCODINGS.get(file.suffix.lower(), "png"),
         as_base64=False,
     )
-    (heatmap,) = engine.explain(request).results[0].heatmaps
+    answer = engine.explain(request)
+    if answer.incomplete:
+        logger.warning("%s: the map misses %.1f %% of the difference of the scores", picture, 100 * answer.incomplete)
+    (heatmap,) = answer.results[0].heatmaps
     file.write_bytes(heatmap.data)
     return f"{picture}: {heatmap.class_name} ({heatmap.confidence:.2f}) -> {file}"

@@ -18,6 +18,8 @@ Priority = Literal["interactive", "batch"]
 BEAT_S = 1.0
 BATCH_DELAY_S = 10.0
 """A request that may wait has its turn as if it had come so much later: it is passed, but never for long."""
+INCOMPLETE = 0.05
+"""A completeness error over this is logged: more steps would be needed."""
 EXIT_POISONED = 70
 """The exit code of a worker whose device is lost to it."""
 State = Literal["loading", "ready", "failed", "unloaded"]
@@ -109,6 +111,12 @@ class Answer:
     revision: str
     results: tuple[PictureResult, ...]
     timings: Timings
+
+    @property
+    def incomplete(self) -> float | None:
+        """The largest completeness error of its heatmaps, if it is over the bound INCOMPLETE."""
+        heatmaps = (heatmap for result in self.results for heatmap in result.heatmaps)
+        return max((error for one in heatmaps if (error := one.completeness_error or 0.0) > INCOMPLETE), default=None)
 
 
 @dataclass(frozen=True)

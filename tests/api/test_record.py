@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from fastapi import FastAPI
 from starlette.responses import StreamingResponse
 from starlette.types import Message
 
+from service.api.negotiation import JSON
 from service.errors import DeadlineExceeded, OutOfDeviceMemory, QueueFull, UnknownLayer, WorkerLost
 from service.keys import make_key
 from service.logs import Json, Text
-from tests.api.support import Api, ask, make_app
+from service.workers.messages import Answer, ExplainRequest
+from tests.api.support import Api, StandIn, ask, heatmap, make_app
 from tests.api.test_body import scope_of
 from tests.api.test_disconnect import Endless
 
@@ -139,6 +142,35 @@ def add_broken_route(app: FastAPI) -> None:
             raise RuntimeError("in the middle")
 
         return StreamingResponse(chunks())
+
+
+class Incomplete(StandIn):
+    """Answers with maps that have these completeness errors, request by request."""
+
+    def __init__(self, *errors: tuple[float | None, ...]) -> None:
+        super().__init__()
+        self.errors = iter(errors)
+
+    async def explain(self, request: ExplainRequest, size_bytes: int, timeout_s: float) -> Answer:
+        maps = tuple(heatmap(completeness_error=error) for error in next(self.errors))
+        answer = await super().explain(request, size_bytes, timeout_s)
+        return replace(answer, results=tuple(replace(result, heatmaps=maps) for result in answer.results))
+
+
+def test_a_request_is_a_warning_for_incomplete_maps_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    api = Api(Incomplete((0.049, None), (0.01, 0.051, 0.4, None), (None,), ()))
+    for name in ("good", "bad", "none", "without"):
+        api.post(content=b"picture", headers={"content-type": "image/png", "accept": JSON, "x-request-id": name})
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING", "INFO", "INFO"]
+    assert [(fields["request_id"], fields.get("completeness_error")) for fields in lines(caplog)] == [
+        ("good", None),
+        ("bad", 0.4),
+        ("none", None),
+        ("without", None),
+    ]
+    caplog.clear()
+    Api(Incomplete((0.051,))).raw()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_probes_are_logged_at_debug_and_preflights_as_requests(caplog: pytest.LogCaptureFixture) -> None:

@@ -185,8 +185,8 @@ class Bench:
         self.pool = Pool(self.settings, tuple(Entry(one, Path(one)) for one in model_ids or ("tiny",)))
         self.dispatcher = Dispatcher(self.settings, self.pool)
         self._devices = tuple(f"cuda:{index}" for index in range(devices))
-        capture = mock.Mock(**{"return_value.run.return_value": None, "return_value.died": False})
-        self._patch = mock.patch.multiple(pool_module, Worker=self._make, Capture=capture)
+        self.capture = mock.Mock(**{"return_value.run.return_value": None, "return_value.died": False})
+        self._patch = mock.patch.multiple(pool_module, Worker=self._make, Capture=self.capture)
 
     async def __aenter__(self) -> Bench:
         self._loop = asyncio.get_running_loop()

@@ -133,6 +133,24 @@ async def test_a_worker_that_dies_over_a_load_leaves_it_to_its_successor(models:
 
 
 @on_loop
+async def test_a_model_that_was_given_up_is_loaded_again_and_survives_its_worker(models: Path) -> None:
+    async with Bench(models=models, load_timeout_s=5) as bench:
+        bench.worker.hello()
+        bench.worker.load("tiny")
+        bench.worker.loading_since -= 6
+        bench.pool._end_overdue_loads()
+        bench.worker.die()
+        bench.workers[:] = [await bench.started()]
+        assert bench.pool.models["tiny"].reason == "it was not loaded within 5 seconds"
+        load = await loading(bench, "tiny")
+        bench.worker.serve("tiny")
+        bench.worker.loaded("tiny")
+        assert (await load).state == "ready"
+        bench.worker.die()
+        assert bench.pool.models["tiny"].state == "ready", "the next worker loads it"
+
+
+@on_loop
 async def test_a_repository_that_is_gone_has_no_model(models: Path) -> None:
     async with Bench(models=models) as bench:
         bench.worker.serve("tiny")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -49,6 +50,7 @@ def test_the_cost_is_that_of_the_picture_times_their_number() -> None:
         asking(method="rise", grid=9),
         ExplainRequest("other", (b"",), ((),), ("rise",)),
         asking(method="smooth_grad"),
+        ExplainRequest("tiny", (b"",) * 2, ((0,), (0, 1)), ("rise",)),
     ],
 )
 def test_what_is_asked_otherwise_has_a_cost_of_its_own(other: ExplainRequest) -> None:
@@ -79,15 +81,25 @@ def test_what_changes_no_cost_is_no_part_of_the_key(
     assert costs.estimate(asking(1, method, 0, **other)) == 1.0
 
 
-def test_every_seed_says_that_it_changes_no_cost() -> None:
-    marked = {
-        (method.name, name)
+def test_several_methods_have_one_cost_in_any_order_and_several_layers_another_than_the_first() -> None:
+    costs = Costs(lambda: METHODS)
+    costs.learn(replace(asking(), methods=("saliency", "rise")), 1.0, finished=True)
+    assert costs.estimate(replace(asking(), methods=("rise", "saliency"))) == 1.0
+    assert costs.estimate(asking(method="saliency")) is None
+    costs.learn(asking(target_conv_layer=["stem", "conv"]), 1.0, finished=True)
+    assert costs.estimate(asking(target_conv_layer=["stem"])) is None
+
+
+def test_which_parameters_change_no_cost() -> None:
+    """One that decides how often the network runs must not be among them, and a seed must be wherever there is one."""
+    schemas = [
+        (name, schema.get("x-changes-cost", True))
         for method in METHODS
         for name, schema in method.gen_params["properties"].items()  # type: ignore[attr-defined]
-        if not schema.get("x-changes-cost", True)
-    }
-    assert {(method.name, "seed") for method in METHODS if "seed" in str(method.gen_params["properties"])} <= marked
-    assert ("rise", "n") not in marked
+    ]
+    costless = {name for name, changes in schemas if not changes}
+    assert costless == {"alpha", "blur_sigma", "discard_ratio", "p", "scaling", "seed", "sigma"}
+    assert not any(changes for name, changes in schemas if name in costless)
 
 
 def test_the_latest_costs_weigh_most() -> None:
@@ -183,6 +195,10 @@ def test_no_more_than_so_many_are_kept() -> None:
         costs.learn(asking(method="rise", n=number), 1.0, finished=True)
     assert costs.estimate(asking(method="rise", n=0)) is None
     assert costs.estimate(asking(method="rise", n=1)) == costs.estimate(asking(method="rise", n=MAX_KNOWN)) == 1.0
+    costs.learn(asking(method="rise", n=1), 1.0, finished=True)
+    costs.learn(asking(method="rise", n=0), 1.0, finished=True)
+    assert costs.estimate(asking(method="rise", n=1)) == 1.0, "it was learned again"
+    assert costs.estimate(asking(method="rise", n=2)) is None
 
 
 # At the door

@@ -398,6 +398,26 @@ async def test_another_worker_with_room_takes_a_lost_request_at_once() -> None:
 
 
 @on_loop
+async def test_a_lost_request_waits_until_a_busy_worker_is_empty_and_then_has_it_alone() -> None:
+    async with Bench(devices=2) as bench:
+        dying, busy = bench.workers
+        dying.serve("tiny")
+        first = await bench.ask()
+        busy.serve("tiny", capacity=3)
+        second = await bench.ask()
+        dying.die()
+        await settle()
+        third = await bench.ask()
+        assert busy.ids == [2], "the first must not take the second along"
+        busy.finish(2)
+        assert busy.ids == [2, 1], "nor the third, which came when it was waiting"
+        busy.finish(1)
+        assert busy.ids == [2, 1, 3]
+        busy.finish(3)
+        await asyncio.gather(first, second, third)
+
+
+@on_loop
 async def test_a_request_whose_worker_dies_twice_is_lost() -> None:
     async with Bench() as bench:
         worker = bench.worker

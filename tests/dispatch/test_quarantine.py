@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 
-from service.dispatch.quarantine import FORGET_S, Quarantine
+from service.dispatch.quarantine import Quarantine
 from service.errors import PictureQuarantined, ServiceError, WorkerLost
 from service.workers.messages import ExplainRequest
 from tests.dispatch.support import Bench, on_loop, settle
@@ -48,7 +48,9 @@ def test_of_several_pictures_none_is_held_guilty_alone() -> None:
     quarantine = Quarantine()
     for _ in range(2):
         quarantine.blame(showing(b"one", b"two"))
-    assert is_kept(quarantine, showing(b"one", b"two"))
+    with pytest.raises(PictureQuarantined) as refused:
+        quarantine.check(showing(b"one", b"two"))
+    assert [place.pointer for place in refused.value.errors] == ["/images"]
     assert not is_kept(quarantine, showing(b"one"))
     assert not is_kept(quarantine, showing(b"two", b"one"))
     assert not is_kept(quarantine, showing(b"onetwo"))
@@ -96,13 +98,16 @@ def test_no_picture_is_copied() -> None:
         tracemalloc.stop()
 
 
-def test_it_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    quarantine, now = Quarantine(), time.monotonic()
-    for _ in range(2):
-        quarantine.blame(showing(b"one"))
-    monkeypatch.setattr(time, "monotonic", lambda: now + FORGET_S - 1)
-    assert is_kept(quarantine, showing(b"one"))
-    monkeypatch.setattr(time, "monotonic", lambda: now + FORGET_S + 1)
+def test_it_is_forgotten_ten_minutes_after_the_last_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    quarantine, seconds = Quarantine(), 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: seconds)
+    quarantine.blame(showing(b"one"))
+    seconds = 1500.0
+    quarantine.blame(showing(b"one"))
+    seconds = 1500.0 + 599
+    with pytest.raises(PictureQuarantined, match="try again in ten minutes"):
+        quarantine.check(showing(b"one"))
+    seconds = 1500.0 + 601
     assert not is_kept(quarantine, showing(b"one"))
     quarantine.blame(showing(b"one"))
     assert not is_kept(quarantine, showing(b"one")), "it starts anew"
@@ -182,6 +187,18 @@ async def test_a_picture_that_hangs_two_workers_alone_is_quarantined(
             worker.serve("tiny")
             await settle()
         with pytest.raises(error):
+            await task
+
+
+@on_loop
+async def test_what_is_quarantined_reaches_no_worker() -> None:
+    async with Bench() as bench:
+        bench.worker.serve("tiny")
+        for _ in range(2):
+            bench.dispatcher._quarantine.blame(showing(b""))
+        task = await bench.ask()
+        assert bench.worker.ids == []
+        with pytest.raises(PictureQuarantined):
             await task
 
 

@@ -128,6 +128,20 @@ def test_adds_up_to_what_the_score_gained(net: type[nn.Module], steps: int, tole
     assert close_to(answer.sum(dim=(1, 2, 3)), gained) < tolerance
 
 
+@pytest.mark.parametrize("baseline", ["zero", "blur"])
+def test_the_completeness_error_is_the_share_of_the_gain_that_the_sum_misses(baseline: str) -> None:
+    pictures, params = (
+        images(2, 12),
+        IntegratedGradientsParams.model_validate({"steps": 1, "baseline": baseline, "blur_sigma": BLUR}),
+    )
+    trace = trace_of(varied(), pictures, None, CLASSES)
+    values = IntegratedGradients().heatmap(trace, params)
+    twin = peer_copy(seeded(Varied), torch.float64)
+    gained = (twin(pictures.double()) - twin(baselines(pictures, baseline)))[[0, 1], CLASSES].detach()
+    expected = (values.double().sum(dim=(1, 2, 3)) / gained - 1).abs()
+    assert close_to(IntegratedGradients().completeness_error(trace, params, values), expected) < 1e-4
+
+
 def test_defaults_are_fifty_steps_from_zero() -> None:
     params = IntegratedGradientsParams()
     assert (params.steps, params.baseline, params.blur_sigma) == (50, "zero", 10)

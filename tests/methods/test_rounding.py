@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import io
-import logging
 from typing import Any
 
 import numpy as np
@@ -181,26 +180,22 @@ def test_answers_tell_the_errors_of_the_methods_that_declare_them() -> None:
         assert [name for name, (_, error) in told.items() if error is not None] == ["integrated_gradients"]
 
 
-class Saturating(nn.Module):
-    """Scores that no longer change with the picture: the gradient at the middle of the path misses their difference."""
+class Power(nn.Module):
+    """Each channel's mean power."""
 
-    def __init__(self) -> None:
+    def __init__(self, exponent: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.head = nn.Linear(4 * 100, 5)
+        self.exponent = exponent
 
     def forward(self, x: Tensor) -> Tensor:
-        scores: Tensor = self.head(self.conv(x).tanh().flatten(1))
-        return scores
+        return x.pow(self.exponent).mean(dim=(2, 3))
 
 
-def test_incomplete_maps_are_logged_once_for_a_batch(caplog: pytest.LogCaptureFixture) -> None:
-    asked = request(1, (0, 1, 2), methods=("integrated_gradients",), gen_params={"integrated_gradients": {"steps": 1}})
-    with caplog.at_level(logging.WARNING, "service.workers.compute"):
-        answers = explain(model_of(program_of(seeded(Saturating), 12)), asked, pictures(1, 12))
-    shares = [raw.completeness_error for answer in answers for raw in answer.maps]
-    assert len(shares) == 3
-    assert all(share is not None and share > 0.05 for share in shares)
-    assert [record.message.split(" by ")[0] for record in caplog.records] == [
-        "integrated_gradients misses the difference of the scores"
-    ]
+@pytest.mark.parametrize(
+    ("exponent", "steps", "expected"), [(2, 1, 0.0), (3, 1, 1 / 4), (4, 1, 1 / 2), (4, 2, 0.0), (6, 2, 1 / 12)]
+)
+def test_the_completeness_error_is_the_share_on_paper(exponent: int, steps: int, expected: float) -> None:
+    """The gradient n x^(n-1) in the middle of the path makes n / 2^(n-1) of x^n; s steps are exact up to n = 2 s."""
+    asked = request(1, (0, 1, 2), methods=("integrated_gradients",), gen_params={"steps": steps})
+    (answer,) = explain(model_of(program_of(Power(exponent), 4)), asked, pictures(1, 4))
+    assert [raw.completeness_error for raw in answer.maps] == pytest.approx([expected] * 3, abs=1e-5)

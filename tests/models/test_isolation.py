@@ -41,6 +41,13 @@ def test_a_network_that_mixes_pictures_is_refused(mixture: str) -> None:
         check_isolation(program_of(Mixed(MIXTURES[mixture]).eval(), 12))
 
 
+def test_what_mixes_weakly_is_refused_and_rounding_is_not() -> None:
+    """A hundred-thousandth of a neighbour is a hundred times what float32 rounds, a ten-millionth is its rounding."""
+    with pytest.raises(ModelLoadError, match="change with the other pictures of its batch"):
+        check_isolation(program_of(Mixed(lambda x: x + 1e-5 * x.roll(1, 0)).eval(), 12))
+    check_isolation(program_of(Mixed(lambda x: x + 1e-7 * x.roll(1, 0)).eval(), 12))
+
+
 def test_batch_statistics_are_refused() -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.Linear(400, 3)

@@ -121,10 +121,12 @@ def test_no_temporary_folder_is_made_where_others_can_replace_it(
     assert "others can write" in caplog.text
 
 
+@pytest.mark.parametrize("place", ["missing", "file"])
 def test_there_may_be_no_temporary_folder_at_all(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / place))
     with caplog.at_level(logging.WARNING):
         assert kept.temporary_folder() is None
     assert "are not kept" in caplog.text

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Protocol
 
 import numpy as np
@@ -238,10 +239,26 @@ def test_without_room_models_serve_eagerly_and_that_is_said_once(
                 served.model.heads.on_use(head)
         served.compiler._wanted.put(None)
         served.compiler._thread.join(60)
-        assert [record.getMessage().partition(" in ")[0] for record in caplog.records] == [
-            "there is too little room for compiled heads"
-        ]
+        said = [record.getMessage() for record in caplog.records if record.name == compiler.__name__]
+        assert [message.partition(" in ")[0] for message in said] == ["there is too little room for compiled heads"]
         assert served.told == []
+
+
+def test_a_head_needs_six_times_its_networks_weights_in_both_folders(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free: dict[Path, int] = {}
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[folder]))
+    with serve(cache="empty") as served:
+        weights = served.model.program.source.state_dict().values()
+        enough = 6 * sum(weight.numel() * weight.element_size() for weight in weights)
+        places = (served.compiler._store.folder, served.compiler._folder)
+        free.update(dict.fromkeys(places, enough))
+        assert served.compiler._obstacle(served.model) is None
+        for place in places:
+            free[place] = enough - 1
+            assert served.compiler._obstacle(served.model) == f"there is too little room for compiled heads in {place}"
+            free[place] = enough
 
 
 def test_closing_ends_the_process_that_compiles(serve: Serve) -> None:

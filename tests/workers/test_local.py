@@ -19,7 +19,7 @@ from service.workers.engine import Engine
 from service.workers.loading import load_into
 from service.workers.local import explain
 from service.workers.messages import ModelInfo
-from tests.conftest import DATA, write_tiny
+from tests.conftest import DATA, TINY_CODE, write_tiny
 
 CHELSEA, COFFEE = DATA / "chelsea.png", DATA / "coffee.png"
 
@@ -141,3 +141,17 @@ def test_a_picture_that_cannot_be_read(tmp_path: Path, models: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(UndecodablePicture):
         run([tmp_path / "text.png"], tmp_path / "map.png", models)
+
+
+def test_a_map_that_misses_much_of_the_difference_of_the_scores_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A step has no gradient anywhere on the path."""
+    write_tiny(tmp_path / "models" / "step")
+    code = TINY_CODE.replace("nn.Flatten()", "Step(), nn.Flatten()")
+    step = "\n\nclass Step(nn.Module):\n    def forward(self, x):\n        return x.sign()\n"
+    (tmp_path / "models" / "step" / "net.py").write_text(code + step)
+    with caplog.at_level("WARNING", "service.workers.local"):
+        run([CHELSEA], tmp_path / "map.png", tmp_path / "models", "integrated_gradients")
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert record.getMessage() == f"{CHELSEA}: the map misses 100.0 % of the difference of the scores"

@@ -8,7 +8,7 @@ import logging
 import signal
 import tempfile
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -452,6 +452,7 @@ async def test_a_load_that_takes_too_long_ends_its_worker_and_the_others_are_ser
         fresh = await bench.started()
         fresh.serve("tiny")
         assert fresh.serves
+        assert bench.pool.models["tiny"].state == "ready", "it is not to blame"
         fresh.load(None)
         fresh.loading_since -= 6
         bench.pool._end_overdue_loads()
@@ -471,18 +472,33 @@ async def test_a_model_that_is_given_up_fails_when_the_last_worker_that_served_i
         assert bench.pool.models["tiny"].state == "failed"
 
 
+@pytest.mark.parametrize(
+    ("end", "state"),
+    [
+        (lambda worker: worker.serve("tiny"), "ready"),
+        (lambda worker: worker.loaded("tiny", "its folder is gone"), "loading"),  # a reload that failed
+    ],
+)
 @on_loop
-async def test_a_load_in_between_absolves_it(waits: list[float]) -> None:
+async def test_a_load_in_between_absolves_it(end: Callable[[FakeWorker], None], state: str, waits: list[float]) -> None:
     async with Bench() as bench:
         fresh = bench.worker
         for _ in range(3):
             fresh = await crash_loading(bench, "tiny", fresh)
             fresh.load("tiny")
             fresh.load(None)
-            fresh.serve("tiny")
-            fresh.loaded("tiny")
+            end(fresh)
         fresh.die(-signal.SIGSEGV)  # not while it loads
-        assert bench.pool.models["tiny"].state == "ready"
+        assert bench.pool.models["tiny"].state == state
+
+
+@on_loop
+async def test_two_models_that_cost_a_worker_each_are_both_loaded_again(waits: list[float]) -> None:
+    async with Bench("first", "second") as bench:
+        fresh = await crash_loading(bench, "first", bench.worker)
+        fresh = await crash_loading(bench, "second", fresh)
+        fresh.serve("first", "second")
+        assert [model.state for model in bench.pool.models.values()] == ["ready", "ready"]
 
 
 @pytest.mark.parametrize("served_before", [False, True])
@@ -583,6 +599,18 @@ async def test_a_stop_does_not_wait_for_a_model_that_takes_for_ever_to_load(begu
     assert (await load) is not None
 
 
+@pytest.mark.parametrize(
+    ("reason", "died", "tries"),
+    [(None, False, 1), ("it was not loaded within 5 seconds", False, 1), ("it was killed", True, MAX_CAPTURES)],
+)
+@on_loop
+async def test_only_a_capture_that_dies_is_tried_again(reason: str | None, died: bool, tries: int) -> None:
+    async with Bench() as bench:
+        bench.capture.return_value.run.return_value, bench.capture.return_value.died = reason, died
+        assert await bench.pool._captured(Entry("tiny", Path("tiny")), "cpu") == reason
+        assert bench.capture.call_count == tries
+
+
 @pytest.mark.parametrize("deaths", [1, 1000])
 @on_loop
 async def test_a_capture_that_dies_is_tried_once_more(deaths: int, tmp_path: Path) -> None:
@@ -612,6 +640,19 @@ def build():
             assert tries.read_text() == "x" * MAX_CAPTURES == "xx"
             assert "signal 9" in (reason or "")
             assert pool.models["shaky"].state == "failed"
+
+
+@on_loop
+async def test_without_a_temporary_folder_workers_come_and_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    async with Bench() as bench:
+        bench.worker.die()
+        fresh = await bench.started()
+        fresh.serve("tiny")
+        assert fresh.serves
+        assert fresh.folder is None
+        bench.pool._clear_away()
+        bench.pool.kill()
 
 
 @on_loop
