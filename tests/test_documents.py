@@ -20,6 +20,7 @@ import pytorch_grad_cam
 from pydantic import BaseModel
 
 import service.methods  # noqa: F401  (registers the methods)
+from service.api.record import outcome
 from service.api.schemas import HeatmapFields
 from service.errors import ServiceError
 from service.explain.method import REGISTRY, WeightedCamParams
@@ -264,6 +265,23 @@ def test_every_key_of_a_dl_result_is_what_the_server_answers(client: httpx.Clien
     assert [key.strip("`") for key, _ in rows] == list(result)
     for key, value in rows[3:]:
         assert all(f"`{name}`" in value for name in result[key.strip("`")])
+
+
+def test_every_variable_of_the_containers_is_one_of_theirs() -> None:
+    rows = rows_of(OPERATION, "variable", "what it does")
+    used = "".join(path.read_text() for path in (ROOT / "docker").glob("*.yaml"))
+    assert all(f"${{{variable.strip('`').partition('=')[0]}:-" in used for variable, _ in rows)
+
+
+def test_every_outcome_of_a_request_is_listed() -> None:
+    states: list[dict[str, object]] = [
+        {"status": 200},
+        {"status": 422, "code": "unknown_class"},
+        {"status": 500, "code": "internal_error"},
+        {"status": 504, "code": "deadline_exceeded"},
+        {},
+    ]
+    assert [name.strip("`") for name, _ in rows_of(OPERATION, "outcome", "meaning")] == list(map(outcome, states))
 
 
 def test_what_a_method_reads_is_there() -> None:
