@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from service import logs
+from service import __version__, logs
 from service.errors import ModelLoadError, ServiceError
 from service.keys import make_key
 from service.settings import Settings, SettingsError, add_options, check_exposure, load, warn_of_unknown
@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="heatmap-service", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve models over HTTP", formatter_class=_Help, allow_abbrev=False)
     add_options(serve)

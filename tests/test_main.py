@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,13 @@ def test_a_wrong_setting_has_the_status_2_as_any_wrong_command_line() -> None:
     with pytest.raises(SystemExit) as ended:
         main(["serve", "--port", "nowhere"])
     assert ended.value.code == 2
+
+
+def test_version_is_the_one_that_is_installed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"heatmap-service {metadata.version('heatmap-service')}\n"
 
 
 def test_openapi_prints_the_document(capsys: pytest.CaptureFixture[str]) -> None:

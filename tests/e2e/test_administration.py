@@ -17,10 +17,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.keys import make_key
 from tests.conftest import TINY_CODE, write_tiny
+from tests.documents import COMMANDS
 from tests.e2e.support import RAW, Floats, map_of, post, same_map
 from tests.fragile import write_deadly
 from tests.server import Server, running, wait_until
-from tests.test_readme import COMMANDS
 from tests.threads import repeating
 
 PREDICT, PREDICT_LINE = make_key("ann", "predict")
@@ -179,8 +179,8 @@ def ended(one: Operated) -> dict[str, float]:
     return {name: metric(one, f"heatmap_requests_{name}_total") for name in names}
 
 
-def test_readmes_command_loads_a_model(one: Operated) -> None:
-    (command,) = [command for command in COMMANDS if "<key>" in command]
+def test_the_documented_command_loads_a_model(one: Operated) -> None:
+    (command,) = [command.line for command in COMMANDS if "<key>" in command.line]
     command = command.replace("http://127.0.0.1:8000", one.server.url).replace("<key>", ADMIN)
     command = command.replace("efficientnet_lite0", "tiny").replace("curl", "curl --fail-with-body -sS")
     answer = subprocess.run(["bash", "-c", command], check=True, capture_output=True, timeout=120)

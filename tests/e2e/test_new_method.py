@@ -1,4 +1,4 @@
-"""A new heatmap method is one file: nothing else has to know of it."""
+"""A new heatmap method is one file, the one that the documentation shows: nothing else has to know of it."""
 
 from __future__ import annotations
 
@@ -10,39 +10,14 @@ from pathlib import Path
 import numpy as np
 
 import service
+from tests.documents import files
 from tests.server import running
-
-FILE = '''
-"""The activation of the brightest channels, times a number."""
-
-from pydantic import Field
-from torch import Tensor
-
-from service.explain.method import CamParams, GenParams, Method, register
-from service.explain.trace import Trace
-
-
-class BrightestParams(CamParams):
-    times: float = Field(2.0, gt=0, le=10, description="what the map is multiplied by")
-
-
-@register
-class Brightest(Method):
-    name = "brightest"
-    family = "cam"
-    paper = "none"
-    description = "The largest activation at each place."
-    cost = "one forward pass"
-    Params = BrightestParams
-
-    def heatmap(self, trace: Trace, params: GenParams) -> Tensor:
-        return params.times * trace.activation.amax(dim=1)
-'''
 
 
 def test_a_file_in_the_package_is_a_method_of_the_service(tmp_path: Path, repository: Path, chelsea: bytes) -> None:
     shutil.copytree(Path(service.__file__).parent, tmp_path / "service")
-    (tmp_path / "service" / "methods" / "brightest.py").write_text(FILE)
+    ((name, text),) = files("docs/adding-a-method.md").items()
+    (tmp_path / name).write_text(text)
     models, place = ("--models", str(repository)), str(tmp_path)
     with running(tmp_path, *models, PYTHONPATH=place, PYTHONSAFEPATH="1") as server, server.client() as client:
         listed = {method["name"]: method for method in client.get("/methods").json()["methods"]}

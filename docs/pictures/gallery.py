@@ -1,7 +1,7 @@
 """Draws `methods.webp`: one picture, a cat above a cup, and what every method says made the network see the cat.
 
-Run in the repository: `.venv/bin/python .readme/gallery.py`. It takes some minutes: RISE alone runs the network 4000
-times.
+Run in the repository: `.venv/bin/python docs/pictures/gallery.py`. It takes some minutes: RISE alone runs the network
+4000 times.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from service.workers.loading import load_into
 from service.workers.messages import ExplainRequest
 
 HERE = Path(__file__).parent
-DATA = HERE.parent / "tests" / "data"
+DATA = HERE.parent.parent / "tests" / "data"
 SIDE, COLUMNS, CAPTION = 168, 6, 20
 CAT = 285
 RELU: dict[str, object] = {"use_conv_only": False}
