@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test matrix check install openapi bench soak clean
+.PHONY: serve test coverage matrix check install openapi bench soak clean
 
 serve: .venv/installed
 	$(BIN)/heatmap-service serve $(if $(PORT),--port $(PORT))
@@ -10,6 +10,10 @@ serve: .venv/installed
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile -m 'not alone and not matrix'
 	$(BIN)/pytest -m alone
+
+# The lines and branches that the tests run, tests included, except those that run alone.
+coverage: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile -m 'not alone and not matrix' --cov
 
 # Every target layer of sixty networks judged by gradients, as a table, in half an hour; ARGS='convnext vit' for some.
 matrix: .venv/test
