@@ -6,6 +6,7 @@ from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from service.api import admin, catalogue, docs, health, inference, keys, metrics, openapi, problems
+from service.api.hosts import Hosts
 from service.api.middleware import DefectMiddleware, FrameMiddleware, HeadMiddleware
 from service.api.rate import Rate
 from service.api.unread import Unread, UnreadMiddleware
@@ -40,7 +41,8 @@ def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
     unread = Unread(settings.max_unread_bytes)
     app.add_middleware(UnreadMiddleware, unread=unread)
     measured = metrics.Metrics(dispatcher)
-    app.add_middleware(FrameMiddleware, max_header_bytes=settings.max_header_bytes, count=measured.ended)
+    hosts = Hosts((settings.host, *settings.allowed_hosts))
+    app.add_middleware(FrameMiddleware, max_header_bytes=settings.max_header_bytes, hosts=hosts, count=measured.ended)
     app.include_router(
         inference.create_router(dispatcher, settings, measured, unread),
         dependencies=[needs.predict, Depends(Rate(settings.max_rate).check)],

@@ -108,7 +108,7 @@ def make_app(dispatcher: Dispatcher, settings: Settings | None = None) -> FastAP
 
 def ask(app: FastAPI, method: str, url: str, **options: Any) -> httpx.Response:
     async def exchange() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost") as client:
             return await client.request(method, url, **options)
 
     return asyncio.run(exchange())

@@ -73,7 +73,7 @@ def test_no_route_is_forgotten(guarded: Api) -> None:
     for path in OPEN:
         assert guarded.get(path).status_code == 200
     root = guarded.get("/")
-    assert (root.status_code, urljoin("http://test/", root.headers["location"])) == (307, "http://test/docs")
+    assert (root.status_code, urljoin("http://localhost/", root.headers["location"])) == (307, "http://localhost/docs")
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     keys = folder / "keys"
     keys.write_text(line)
     options = ["--models", str(folder / "models"), "--api-keys-file", str(keys), "--cors-origins", PAGE]
+    options += ["--allowed-hosts", "maps.test"]
     with running(folder, *options, "--log-format", "json") as server:
         yield Guarded(server, key)
 
@@ -55,6 +56,20 @@ def test_a_key_opens_the_door(guarded: Guarded, chelsea: bytes) -> None:
             assert response.json()["results"][0]["heatmaps"]
 
 
+def test_a_name_that_is_not_the_servers_reads_nothing(guarded: Guarded) -> None:
+    """As a web page's would be that points its name at this machine."""
+    port = urlsplit(guarded.server.url).port
+    with guarded.server.client() as client:
+        for path in ("/models", "/docs", "/openapi.json", "/models/tiny/heatmap"):
+            for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "LOCALHOST.evil"):
+                answer = client.get(path, headers={"Host": host, "X-API-Key": guarded.key})
+                assert "localhost or maps.test" in check_problem(answer, 421, "host_not_allowed")["detail"]
+        for host in (f"127.0.0.1:{port}", "10.1.2.3", "[::1]:1", f"LocalHost.:{port}", "maps.test", "MAPS.test:443"):
+            assert client.get("/models", headers={"Host": host, "X-API-Key": guarded.key}).status_code == 200
+        for path in ("/livez", "/readyz"):
+            assert client.get(path, headers={"Host": "evil.example"}).status_code == 200
+
+
 def test_the_line_to_try_is_one_with_a_key(guarded: Guarded) -> None:
     assert "curl -H 'X-API-Key: <key>' " in guarded.server.log.read_text()
 
@@ -63,7 +78,7 @@ def test_who_has_no_key_is_refused_before_a_byte_of_the_body_came(guarded: Guard
     url = urlsplit(guarded.server.url)
     with socket.create_connection((url.hostname, url.port), timeout=60) as connection:
         connection.sendall(
-            b"POST /models/tiny/heatmap HTTP/1.1\r\nHost: test\r\nContent-Type: image/png\r\n"
+            b"POST /models/tiny/heatmap HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
             b"Content-Length: 1000000\r\n\r\n"
         )
         assert connection.recv(65536).startswith(b"HTTP/1.1 401 ")
