@@ -9,6 +9,7 @@ import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import httpx
@@ -27,10 +28,11 @@ EXPOSED = {"x-class-id", "x-class-name", "x-confidence", "x-request-id", "server
 
 @dataclass(frozen=True)
 class Guarded:
-    """The server, and a key of it."""
+    """The server, a key of it, and its file of keys."""
 
     server: Server
     key: str
+    file: Path
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     options = ["--models", str(folder / "models"), "--api-keys-file", str(keys), "--cors-origins", PAGE]
     options += ["--allowed-hosts", "maps.test"]
     with running(folder, *options, "--log-format", "json") as server:
-        yield Guarded(server, key)
+        yield Guarded(server, key, keys)
 
 
 def test_a_key_opens_the_door(guarded: Guarded, chelsea: bytes) -> None:
@@ -54,6 +56,28 @@ def test_a_key_opens_the_door(guarded: Guarded, chelsea: bytes) -> None:
             response = post(client, chelsea, headers=headers)
             assert response.status_code == 200
             assert response.json()["results"][0]["heatmaps"]
+
+
+def status(guarded: Guarded, key: str) -> int:
+    with guarded.server.client() as client:
+        return client.get("/models", headers={"X-API-Key": key}).status_code
+
+
+def test_keys_come_and_go_with_their_file_while_the_server_runs(guarded: Guarded) -> None:
+    file, ann = guarded.file, guarded.file.read_text()
+    key, bob = make_key("bob", "predict")
+    assert status(guarded, key) == 401
+    new = file.with_name("new")
+    new.write_text(f"{ann}\n{bob}")
+    new.rename(file)
+    wait_until(lambda: status(guarded, key) == 200, 30, guarded.server)
+    file.write_text(f"{ann}\nbob predict {key}")  # the key itself instead of its hash
+    wait_until(lambda: "The keys stay as they were" in guarded.server.log.read_text(), 30, guarded.server)
+    assert (status(guarded, key), status(guarded, guarded.key)) == (200, 200)
+    file.write_text(ann)
+    wait_until(lambda: status(guarded, key) == 401, 30, guarded.server)
+    assert status(guarded, guarded.key) == 200
+    assert key not in guarded.server.log.read_text()
 
 
 def test_a_name_that_is_not_the_servers_reads_nothing(guarded: Guarded) -> None:
