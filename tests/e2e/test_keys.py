@@ -94,6 +94,16 @@ def test_a_name_that_is_not_the_servers_reads_nothing(guarded: Guarded) -> None:
             assert client.get(path, headers={"Host": "evil.example"}).status_code == 200
 
 
+@pytest.mark.parametrize(("listed", "address"), [("10.0.0.0/8", "127.0.0.1"), ("127.0.0.0/8", "203.0.113.7")])
+def test_addresses_are_told_by_listed_proxies_alone(tmp_path: Path, listed: str, address: str) -> None:
+    write_tiny(tmp_path / "models" / "tiny")
+    options = ["--models", str(tmp_path / "models"), "--max-rate", "0.1"]
+    with running(tmp_path, *options, ready=False, FORWARDED_ALLOW_IPS=listed) as server, server.client() as client:
+        for _ in range(2):
+            answer = client.post("/models/tiny/infer", headers={"X-Forwarded-For": "203.0.113.7"})
+        assert f"address {address} may send" in check_problem(answer, 429, "rate_limited")["detail"]
+
+
 def test_the_line_to_try_is_one_with_a_key(guarded: Guarded) -> None:
     assert "curl -H 'X-API-Key: <key>' " in guarded.server.log.read_text()
 
