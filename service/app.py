@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from service import __version__
 from service.api import MAX_FILES, RESERVE, bounded_connection, mount
 from service.dispatch.dispatcher import Dispatcher
+from service.keys import KeyFile
 from service.models.repository import scan
 from service.settings import Settings
 from service.workers.devices import resolve
@@ -39,7 +40,11 @@ SAME_SIGNAL_S = 1.0
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The application; its workers start and stop with its lifespan. Raises SettingsError for a bad repository."""
+    """The application; its workers start and stop with its lifespan.
+
+    Raises SettingsError for a bad repository or file of keys.
+    """
+    key_file = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
     pool = Pool(settings, scan(settings.models))
     dispatcher = Dispatcher(settings, pool)
 
@@ -47,9 +52,12 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await pool.start(await asyncio.to_thread(resolve, settings.device), dispatcher)
         gc.freeze()  # else a request of many lists has all that was imported looked through: 0.2 s of the event loop
+        following = asyncio.create_task(key_file.follow()) if key_file else None
         try:
             yield
         finally:
+            if following:
+                following.cancel()
             await pool.stop(CLOSE_S)
 
     app = FastAPI(
@@ -62,7 +70,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.dispatcher = dispatcher
     app.state.pool = pool
-    mount(app, dispatcher, settings)
+    mount(app, dispatcher, settings, key_file)
     return app
 
 

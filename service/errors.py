@@ -110,6 +110,10 @@ class UnsupportedMediaType(ServiceError):
     status, code, title = 415, "unsupported_media_type", "The media type of the body is not supported"
 
 
+class HostNotAllowed(ServiceError):
+    status, code, title = 421, "host_not_allowed", "The server does not answer for this host"
+
+
 class InvalidRequest(ServiceError):
     """A field is unknown or has a wrong value."""
 

@@ -5,8 +5,10 @@ Keys are random and long, so that nobody can guess the one behind a hash, howeve
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
+import logging
 import re
 import secrets
 from collections.abc import Iterable
@@ -19,6 +21,9 @@ RIGHTS = ("predict", "admin")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 HASH = re.compile(r"sha256:([0-9A-Fa-f]{64})")
 KEY_BYTES = 32
+LOOK_S = 1.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,42 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     if not found:
         raise SettingsError(f"{option}: {path} has no key in it; `heatmap-service key NAME` makes one")
     return tuple(found.values())
+
+
+class KeyFile:
+    """The keys of the operator's file, kept current. Raises SettingsError where they cannot be read at first."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stamp = self._look()
+        self.keys = read_keys(path)
+
+    async def follow(self) -> None:
+        """Look after the file until cancelled, in a thread, since a disk may be slow."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            await asyncio.to_thread(self.refresh)
+
+    def refresh(self) -> None:
+        """Read the file again if it has changed. Where it is broken, the keys stay and the log says why, once."""
+        stamp = self._look()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self.keys = read_keys(self._path)
+        except SettingsError as error:
+            logger.warning("The keys stay as they were: %s", error)
+        else:
+            logger.info("%s has changed: its keys, %d now, are in force.", self._path, len(self.keys))
+
+    def _look(self) -> tuple[int, ...] | None:
+        """What changes with the file: an edit, a file put in its place, or whether it may be read."""
+        try:
+            status = self._path.expanduser().stat()
+        except (OSError, RuntimeError):
+            return None
+        return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def make_key(name: str, rights: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +18,7 @@ from service.logs import Format
 
 PREFIX = "HEATMAP_"
 MIB = 2**20
+HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?\.?")
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,15 @@ def _as_sent(entry: str) -> str | None:
         return str(Url.build(scheme=url.scheme, host=url.host, port=url.port)).removesuffix("/")
     except ValueError:  # it is no URL
         return None
+
+
+def _host(entry: str) -> str:
+    """An entry that the Host header may name; any other would be listed in vain."""
+    if not HOST.fullmatch(entry):
+        raise PydanticCustomError(
+            "host", "a host is a name as in a URL, such as maps.example.org: no scheme, no port, no path, no *"
+        )
+    return entry
 
 
 class Settings(BaseModel):
@@ -134,6 +145,10 @@ class Settings(BaseModel):
     )
     insecure: bool = Field(
         False, description="serve without keys on an address that others reach; something else must keep them out"
+    )
+    allowed_hosts: Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], BeforeValidator(_comma_list)] = Field(
+        (),
+        description="names, separated by commas, that the server answers to beside localhost, --host and IP addresses",
     )
     cors_origins: Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], BeforeValidator(_comma_list)] = Field(
         (), description="origins, separated by commas, whose pages may call the service"

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from service.__main__ import main
+from service import __version__
+from service.__main__ import FIELDS, main
+from service.api.schemas import HeatmapFields
 from service.keys import find_key, read_keys
+from service.settings import option_of
 from service.workers.devices import resolve
 from tests.conftest import DATA, write_tiny
 
@@ -72,7 +75,7 @@ def test_a_device_that_is_missing_ends_the_server_with_a_message() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "required: command"),
+        ((), "required: COMMAND"),
         (("sevre",), "invalid choice: 'sevre'"),
         (("serve", "--prot", "1"), "--prot"),
         (("serve", "--max-b", "1"), "--max-b"),
@@ -144,12 +147,88 @@ def test_a_file_of_keys_that_is_none_ends_the_server_with_a_message(tmp_path: Pa
     assert str(tmp_path / "keys") in message
 
 
-def test_explain_writes_a_heatmap_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def models(tmp_path: Path) -> str:
     write_tiny(tmp_path / "models" / "tiny")
+    return str(tmp_path / "models")
+
+
+def test_explain_writes_a_heatmap_and_says_so(tmp_path: Path, models: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "map.png"
-    main(["explain", str(DATA / "chelsea.png"), "-m", "grad_cam", "-o", str(out), "--models", str(tmp_path / "models")])
+    main(["explain", str(DATA / "chelsea.png"), "-m", "grad_cam", "-o", str(out), "--models", models])
     assert out.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.endswith(f" -> {out}\n")
+
+
+def test_explain_does_what_it_can_of_a_folder_and_names_what_failed(tmp_path: Path, models: str) -> None:
+    pictures, out = tmp_path / "pictures", tmp_path / "maps"
+    pictures.mkdir()
+    for name in ("chelsea.png", "rocket.jpg"):
+        (pictures / name).write_bytes((DATA / name).read_bytes())
+    (pictures / "broken.png").write_bytes((DATA / "chelsea.png").read_bytes()[:1000])
+    options = ["-m", "grad_cam", "-m", "saliency", "-c", "ant", "-c", "3", "-p", '{"scaling": "none"}', "-f", "npy"]
+    ended = command("explain", str(pictures), "-o", str(out), "--models", models, *options)
+    assert ended.returncode == 1
+    names = {
+        f"{one}-{method}-{label}.npy"
+        for one in ("chelsea", "rocket")
+        for method in ("grad_cam", "saliency")
+        for label in ("0-ant", "3-dog")
+    }
+    assert {path.name for path in out.iterdir()} == names
+    assert len(ended.stdout.splitlines()) == len(names)
+    assert f"heatmap-service: {pictures / 'broken.png'}: " in ended.stderr
+    assert ended.stderr.endswith("heatmap-service: 1 of 3 pictures failed\n")
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--colormap", "virids"], "'viridis'"),
+        (["--gen-params", "{"], "/gen_params: The text is no JSON"),
+        (["-f", "npy"], "--out: "),
+        (["-m", "saliency", "-m", "grad_cm"], "name a folder"),
+        (["-m", "grad_cm"], "Did you mean 'grad_cam'"),
+        (["-c", "anr"], "Did you mean 'ant'"),
+    ],
+)
+def test_explain_says_what_is_wrong_and_what_would_be_right(
+    tmp_path: Path, models: str, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    out = tmp_path / "map.png"
+    asked = ["explain", str(DATA / "chelsea.png"), "-o", str(out), "--models", models]
+    assert said in refusal(capsys, *asked, *arguments)
+    assert not out.exists()
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--help"])
+    assert ended.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_the_help_names_every_command_and_every_field_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    said = help_of(capsys)
+    for name in ("serve", "explain", "openapi", "key"):
+        assert f" {name} " in said
+        assert help_of(capsys, name).startswith(f"usage: heatmap-service {name} ")
+    said = help_of(capsys, "explain")
+    left_out = {"target_classes", "top_k", "timeout_s", "priority", "result_format"}
+    assert FIELDS.keys() - left_out == HeatmapFields.model_fields.keys() - left_out
+    for name, field in HeatmapFields.model_fields.items():
+        if name not in left_out:
+            default = field.default[0] if isinstance(field.default, list) else field.default
+            assert f"(default {default})" in FIELDS[name][2]
+            assert f"{option_of(name)} {FIELDS[name][1]} {FIELDS[name][2]}" in said
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"heatmap-service {__version__}\n"
 
 
 def test_explain_with_a_wrong_model_says_what_would_be_right(

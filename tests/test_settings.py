@@ -27,6 +27,7 @@ FIELDS = Settings.model_fields
 SPECIAL = {
     "device": ("cuda:1,cuda:0", "gpu"),
     "port": ("9000", "70000"),  # its bound is below the next number
+    "allowed_hosts": ("maps.example.org,maps", "http://maps"),
     "cors_origins": ("https://a.test,https://b.test:8443", "a.test"),
 }
 OPEN = (str, Path)  # any text is a value
@@ -274,6 +275,23 @@ def test_an_origin_that_no_browser_sends_is_refused_by_its_name(origin: str) -> 
     assert str(refused.value).startswith("--cors-origins: ")
     assert repr(origin) in str(refused.value)
     assert "good.test" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "host", ["maps", "Maps.Example.org", "my_service", "xn--bcher-kva.test", "a.test.", "10.0.0.1"]
+)
+def test_hosts_as_urls_name_them(host: str) -> None:
+    assert load({"allowed_hosts": f"a.test, {host}"}, {}).allowed_hosts == ("a.test", host)
+
+
+@pytest.mark.parametrize(
+    "host", ["http://maps", "maps:8000", "maps/", "*", "*.maps", "a b", "-maps", ".maps", "bücher.test", "[::1]", "a@b"]
+)
+def test_a_host_that_no_request_names_is_refused(host: str) -> None:
+    with pytest.raises(SettingsError, match="no scheme, no port") as refused:
+        load({"allowed_hosts": f"a.test,{host}"}, {})
+    assert str(refused.value).startswith("--allowed-hosts: ")
+    assert repr(host) in str(refused.value)
 
 
 def test_settings_never_change() -> None:

@@ -9,7 +9,7 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 
 from service.api import openapi
 from service.errors import KeyLacksRight, KeyMissing, KeyWrong
-from service.keys import Key, find_key
+from service.keys import KeyFile, find_key
 
 HOW = "Send it as 'Authorization: Bearer <key>' or as 'X-API-Key: <key>'."
 NO_KEYS = (
@@ -25,25 +25,26 @@ Header = Annotated[str | None, Security(APIKeyHeader(name="X-API-Key", scheme_na
 class Keys:
     """`predict` and `admin` are FastAPI dependencies for routes that need a key with that right.
 
-    Without keys everybody may predict and nobody is an admin. The name of the key is left in `request.state.key_name`.
+    Without a file of keys everybody may predict and nobody is an admin. The name of the key is left in
+    `request.state.key_name`.
     """
 
-    def __init__(self, keys: tuple[Key, ...]) -> None:
-        self._keys = keys
+    def __init__(self, file: KeyFile | None) -> None:
+        self._file = file
         self.predict: Any = Security(self._check, scopes=["predict"])
         self.admin: Any = Security(self._check, scopes=["admin"])
 
     async def _check(self, request: Request, scopes: SecurityScopes, bearer: Bearer, header: Header) -> None:
         """Raises KeyMissing, KeyWrong or KeyLacksRight."""
         (right,) = scopes.scopes
-        if not self._keys:
+        if self._file is None:
             if right == "admin":
                 raise KeyMissing(NO_KEYS)
             return
         sent = bearer.credentials if bearer else header
         if not sent:
             raise KeyMissing(f"A key with the right {right!r} is needed. {HOW}")
-        key = find_key(self._keys, sent)
+        key = find_key(self._file.keys, sent)
         if key is None:
             raise KeyWrong("The key is none of this server's; its operator hands them out.")
         request.state.key_name = key.name

@@ -12,6 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.hosts import Hosts
 from service.api.parser import headers_too_large
 from service.api.problems import problem
 from service.api.record import log_request
@@ -30,10 +31,11 @@ logger = logging.getLogger(__name__)
 class FrameMiddleware:
     """Pure ASGI, around everything. Leaves `request_id`, `started` (perf_counter) and `status` in the scope's state."""
 
-    def __init__(self, app: ASGIApp, max_header_bytes: int, count: Callable[[Scope], None]) -> None:
+    def __init__(self, app: ASGIApp, max_header_bytes: int, hosts: Hosts, count: Callable[[Scope], None]) -> None:
         """`count` is told of each request that is over."""
         self.app = app
         self._max_header_bytes = max_header_bytes
+        self._hosts = hosts
         self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,12 +64,15 @@ class FrameMiddleware:
             self._count(scope)
 
     def _refusal(self, scope: Scope) -> ServiceError | None:
-        """Why a request is answered before anything of its head is looked into."""
+        """Why a request is answered before any more of its head is looked into. Probes come by whatever name."""
         if _head_bytes(scope) > self._max_header_bytes:
             return headers_too_large(self._max_header_bytes)
+        is_probe = scope["path"] in PROBES
+        if not is_probe and (foreign := self._hosts.refusal(Headers(scope=scope).get("host", ""))):
+            return foreign
         if scope["query_string"].count(b"&") >= MAX_QUERY_FIELDS:  # tens of thousands would hold the event loop
             return InvalidRequest(f"The query has more than {MAX_QUERY_FIELDS} fields; write a list as one JSON array.")
-        if scope["state"].get("reserve") and scope["path"] not in PROBES:
+        if scope["state"].get("reserve") and not is_probe:
             return TooManyConnections("As many connections are open as may be.", retry_after=RESERVE_RETRY_S)
         return None
 

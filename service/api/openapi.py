@@ -9,11 +9,12 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
+from service.api.middleware import PROBES
 from service.api.negotiation import SINGLE
 from service.api.problems import MEDIA_TYPE
 from service.api.responses import Problem
 from service.api.schemas import HeatmapFields, InferFields
-from service.errors import HeadersTooLarge, ServiceError
+from service.errors import HeadersTooLarge, HostNotAllowed, ServiceError
 
 Schema = dict[str, Any]
 
@@ -54,6 +55,7 @@ def install(app: FastAPI, open_to_all: bool) -> None:
         if open_to_all:
             _make_keys_optional(document)
         _tell_of_every_operation(document, HeadersTooLarge)
+        _tell_of_every_operation(document, HostNotAllowed, but=PROBES)
         schemas = document["components"]["schemas"]
         schemas |= {name: _with_images(kind, name) for kind, name in REQUESTS.items()}
         schemas |= models_json_schema([(Problem, "serialization")], ref_template=REF)[1]["$defs"]
@@ -127,10 +129,10 @@ def _make_keys_optional(document: Schema) -> None:
                 operation["security"].insert(0, {})
 
 
-def _tell_of_every_operation(document: Schema, kind: type[ServiceError]) -> None:
-    """Add an error that comes before any route is asked."""
-    for path in document["paths"].values():
-        for operation in path.values():
+def _tell_of_every_operation(document: Schema, kind: type[ServiceError], but: tuple[str, ...] = ()) -> None:
+    """Add an error that comes before any route is asked, `but` of some paths."""
+    for path in document["paths"].keys() - but:
+        for operation in document["paths"][path].values():
             operation["responses"] |= {str(status): response for status, response in problems(kind).items()}
 
 

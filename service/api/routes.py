@@ -6,27 +6,24 @@ from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from service.api import admin, catalogue, docs, health, inference, keys, metrics, openapi, problems
+from service.api.hosts import Hosts
 from service.api.middleware import DefectMiddleware, FrameMiddleware, HeadMiddleware
 from service.api.rate import Rate
 from service.api.unread import Unread, UnreadMiddleware
 from service.dispatch.dispatcher import Dispatcher
-from service.keys import read_keys
+from service.keys import KeyFile
 from service.settings import Settings
 
 ALLOWED_HEADERS = ("Authorization", "X-API-Key", "X-Request-ID", "Content-Type")
 EXPOSED_HEADERS = ("X-Class-Id", "X-Class-Name", "X-Confidence", "X-Request-ID", "Server-Timing", "Retry-After")
 
 
-def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
-    """Give the app every endpoint of the API, and what lies around them all.
-
-    Raises SettingsError where the file of keys is no such file.
-    """
-    known = read_keys(settings.api_keys_file) if settings.api_keys_file else ()
-    needs = keys.Keys(known)
+def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings, key_file: KeyFile | None) -> None:
+    """Give the app every endpoint of the API, and what lies around them all."""
+    needs = keys.Keys(key_file)
     app.router.redirect_slashes = False  # the Location would be made of the client's Host header
     problems.install(app)
-    openapi.install(app, open_to_all=not known)
+    openapi.install(app, open_to_all=key_file is None)
     app.add_middleware(HeadMiddleware)
     app.add_middleware(DefectMiddleware)
     if settings.cors_origins:
@@ -40,7 +37,8 @@ def mount(app: FastAPI, dispatcher: Dispatcher, settings: Settings) -> None:
     unread = Unread(settings.max_unread_bytes)
     app.add_middleware(UnreadMiddleware, unread=unread)
     measured = metrics.Metrics(dispatcher)
-    app.add_middleware(FrameMiddleware, max_header_bytes=settings.max_header_bytes, count=measured.ended)
+    hosts = Hosts((settings.host, *settings.allowed_hosts))
+    app.add_middleware(FrameMiddleware, max_header_bytes=settings.max_header_bytes, hosts=hosts, count=measured.ended)
     app.include_router(
         inference.create_router(dispatcher, settings, measured, unread),
         dependencies=[needs.predict, Depends(Rate(settings.max_rate).check)],

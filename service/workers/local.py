@@ -3,31 +3,54 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from service.errors import ModelFailed, ModelNotFound, nearest
-from service.imaging.render import Encoding, Format
+from service.errors import ModelFailed, ModelNotFound, ServiceError, nearest
 from service.models.repository import Entry, scan
 from service.settings import Settings
 from service.workers.device import Device
 from service.workers.devices import resolve
 from service.workers.engine import Engine
 from service.workers.loading import load_into
-from service.workers.messages import ExplainRequest
+from service.workers.messages import ExplainRequest, Heatmap
+from service.workers.plan import make_plan
 
 logger = logging.getLogger(__name__)
 
-ENCODINGS: dict[str, Encoding] = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
+MAX_NAME = 40
+
+Outcome = list[str] | ServiceError | OSError
 
 
-def explain(pictures: list[Path], method: str, out: Path, models: Path | None, model_id: str | None) -> Iterator[str]:
-    """Write one heatmap of each picture's top class, and yield a line on each.
+@dataclass(frozen=True)
+class _Place:
+    """Where heatmaps go, but never over one of the pictures."""
 
-    One picture goes to the file `out`, whose ending says the format (.npy: the floats); several, or any if `out` is
-    a folder, go there as <name>.png. Raises ServiceError, or OSError where a file cannot be read or written.
+    out: Path
+    ending: str
+    pictures: frozenset[Path]
+
+    def file(self, picture: Path, heatmap: Heatmap) -> Path:
+        """The file of one heatmap. Raises FileExistsError."""
+        name = re.sub(r"[^\w.-]+", "_", heatmap.class_name)[:MAX_NAME]
+        clear = f"{picture.stem}-{heatmap.method}-{heatmap.class_id}-{name}{self.ending}"
+        file = self.out / clear if self.ending else self.out
+        if file.resolve() in self.pictures:
+            raise FileExistsError(f"{file} is a picture, and a heatmap would be written over it; give another --out")
+        return file
+
+
+def explain(
+    request: ExplainRequest, pictures: list[Path], out: Path, ending: str, models: Path | None, model_id: str | None
+) -> Iterator[tuple[Path, Outcome]]:
+    """Write the heatmaps of each picture, and yield it with a line on each heatmap, or with its error.
+
+    `request` has the target classes of each picture, but neither pictures nor model. Heatmaps go to the folder `out`
+    with this ending; where that is empty, `out` is the file. Raises ServiceError for what is wrong with all pictures.
     """
-    files = _files(pictures, out)
     settings = Settings(models=models)
     entry = _choose(scan(models), model_id)
     engine = Engine(Device(resolve(settings.device)[0], settings.streams, settings.max_batch), settings)
@@ -35,27 +58,13 @@ def explain(pictures: list[Path], method: str, out: Path, models: Path | None, m
         info = load_into(engine, entry)
         if info.state != "ready":
             raise ModelFailed(f"Model {entry.id!r} could not be loaded: {info.reason}")
-        for picture, file in zip(pictures, files, strict=True):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            yield _explain_file(engine, entry.id, method, picture, file)
+        make_plan(request, engine.models[entry.id])
+        place = _Place(out, ending, frozenset(picture.resolve() for picture in pictures))
+        for picture, targets in zip(pictures, request.target_classes, strict=True):
+            own = replace(request, model_id=entry.id, target_classes=(targets,))
+            yield picture, _outcome(engine, own, picture, place)
     finally:
         engine.close()
-
-
-def _files(pictures: list[Path], out: Path) -> list[Path]:
-    """Where each heatmap goes, refused where one would be written over a picture or another heatmap."""
-    if len(pictures) == 1 and not out.is_dir():
-        if out.suffix.lower() not in {*ENCODINGS, ".npy"}:
-            raise OSError(f"{out}: the ending says the format: {', '.join(ENCODINGS)} or .npy")
-        files = [out]
-    else:
-        files = [out / f"{picture.stem}.png" for picture in pictures]
-    taken = {picture.resolve() for picture in pictures}
-    for file in files:
-        if file.resolve() in taken:
-            raise FileExistsError(f"{file} would be written over a picture or another heatmap; name another folder")
-        taken.add(file.resolve())
-    return files
 
 
 def _choose(entries: tuple[Entry, ...], model_id: str | None) -> Entry:
@@ -69,20 +78,19 @@ def _choose(entries: tuple[Entry, ...], model_id: str | None) -> Entry:
     return entries[ids.index(model_id)]
 
 
-def _explain_file(engine: Engine, model_id: str, method: str, picture: Path, file: Path) -> str:
-    form: Format = "npy" if file.suffix.lower() == ".npy" else "overlay"
-    request = ExplainRequest(
-        model_id,
-        pictures=(picture.read_bytes(),),
-        target_classes=((),),
-        methods=(method,),
-        format=form,
-        encoding=ENCODINGS.get(file.suffix.lower(), "png"),
-        as_base64=False,
-    )
-    answer = engine.explain(request)
+def _outcome(engine: Engine, request: ExplainRequest, picture: Path, place: _Place) -> Outcome:
+    try:
+        answer = engine.explain(replace(request, pictures=(picture.read_bytes(),)))
+        heatmaps = answer.results[0].heatmaps
+        lines = [_write(heatmap, picture, place.file(picture, heatmap)) for heatmap in heatmaps]
+    except (ServiceError, OSError) as error:
+        return error
     if answer.incomplete:
         logger.warning("%s: the map misses %.1f %% of the difference of the scores", picture, 100 * answer.incomplete)
-    (heatmap,) = answer.results[0].heatmaps
+    return lines
+
+
+def _write(heatmap: Heatmap, picture: Path, file: Path) -> str:
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(heatmap.data)
-    return f"{picture}: {heatmap.class_name} ({heatmap.confidence:.2f}) -> {file}"
+    return f"{picture}: {heatmap.method} of {heatmap.class_name} ({heatmap.confidence:.2f}) -> {file}"

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from service.api import mount
 from service.dispatch.dispatcher import Dispatcher
+from service.keys import KeyFile
 from service.settings import Settings
 from service.workers.messages import (
     Answer,
@@ -102,13 +103,14 @@ class StandIn(Dispatcher):
 
 def make_app(dispatcher: Dispatcher, settings: Settings | None = None) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None)
-    mount(app, dispatcher, settings or Settings())
+    settings = settings or Settings()
+    mount(app, dispatcher, settings, KeyFile(settings.api_keys_file) if settings.api_keys_file else None)
     return app
 
 
 def ask(app: FastAPI, method: str, url: str, **options: Any) -> httpx.Response:
     async def exchange() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost") as client:
             return await client.request(method, url, **options)
 
     return asyncio.run(exchange())

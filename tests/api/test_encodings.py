@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -143,6 +144,21 @@ PART = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r
 )
 def test_malformed_multipart_is_400(api: Api, headers: dict[str, str], body: bytes) -> None:
     check_problem(api.post(content=body, headers=headers), 400, "malformed_body")
+
+
+@pytest.mark.parametrize("filename", [b"caf\xc3\xa9.png", b"caf\xe9.png", b'a;b=\\"c%22.png', b"C:\\cat.png"])
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_a_picture_may_have_any_filename_and_come_in_any_pieces(api: Api, filename: bytes, size: int) -> None:
+    picture = bytes(range(256)) + b"\r\n--\r\n--y\r\n-x\n--x--\r--x\r\n--" * 3
+    disposition = b'Content-Disposition: form-data; name="image"; filename="%s"' % filename
+    body = b"--x\r\n%s\r\n\r\n%s\r\n--x--\r\n" % (disposition, picture)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), size):
+            yield body[start : start + size]
+
+    assert api.post(content=pieces(), headers=BOUNDARY).status_code == 200
+    assert api.work.pictures == (picture,)
 
 
 def test_the_parameters_that_are_known_are_those_of_grad_cam() -> None:

@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI, Request
 
 from service.api.keys import PROBLEMS, Keys
-from service.keys import make_key, read_keys
+from service.keys import KeyFile, make_key
 from tests.api.support import Api, ask, check_problem
 
 OPEN = {"/livez", "/readyz", "/docs", "/openapi.json"}
@@ -73,7 +73,7 @@ def test_no_route_is_forgotten(guarded: Api) -> None:
     for path in OPEN:
         assert guarded.get(path).status_code == 200
     root = guarded.get("/")
-    assert (root.status_code, urljoin("http://test/", root.headers["location"])) == (307, "http://test/docs")
+    assert (root.status_code, urljoin("http://localhost/", root.headers["location"])) == (307, "http://localhost/docs")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_without_a_file_of_keys_everybody_may_predict() -> None:
 def app_with_an_admin_route(api: Api, file: Path | None) -> FastAPI:
     """The app and a route of the test's own, which names the key that came in."""
 
-    @api.app.post("/admin", dependencies=[Keys(read_keys(file) if file else ()).admin], responses=PROBLEMS)
+    @api.app.post("/admin", dependencies=[Keys(KeyFile(file) if file else None).admin], responses=PROBLEMS)
     async def route(request: Request) -> str:
         name: str = request.state.key_name
         return name

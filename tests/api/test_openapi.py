@@ -85,6 +85,7 @@ def test_errors_are_problems(document: Any) -> None:
         "408",
         "413",
         "415",
+        "421",
         "422",
         "429",
         "431",
@@ -93,6 +94,8 @@ def test_errors_are_problems(document: Any) -> None:
         "504",
         "507",
     }
+    assert "421" in document["paths"]["/metrics"]["get"]["responses"]
+    assert "421" not in document["paths"]["/livez"]["get"]["responses"]
 
 
 @pytest.mark.parametrize(("endpoint", "kind"), [("heatmap", HeatmapFields), ("infer", InferFields)])

@@ -53,7 +53,7 @@ def test_clients_without_end_take_no_memory_without_end() -> None:
 def post(api: Api, address: str = "10.0.0.1", path: str = "/models/resnet/infer", **headers: str) -> httpx.Response:
     async def exchange() -> httpx.Response:
         transport = httpx.ASGITransport(app=api.app, client=(address, 1))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.post(path, content=b"x", headers={"content-type": "image/png", **headers})
 
     return asyncio.run(exchange())

@@ -16,9 +16,9 @@ from tests.api.support import StandIn, make_app
 
 CLIENTS, REQUESTS = 5, 200
 READ = 256 * 1024  # asyncio reads so much at once
-REQUEST = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+REQUEST = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LAST = REQUEST[:-2] + b"Connection: close\r\n\r\n"
-CHUNKED = b"POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+CHUNKED = b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 class Seen:

@@ -80,7 +80,7 @@ def ask_unread(port: int, path: str = "/whole") -> socket.socket:
     one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     one.settimeout(20)
     one.connect(("127.0.0.1", port))
-    one.sendall(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+    one.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     return one
 
 

@@ -283,7 +283,7 @@ def test_head_is_the_head_of_get_and_no_byte_more(server: Server, path: str, sta
     with server.client() as client, socket.create_connection((url.hostname, url.port), timeout=60) as connection:
         length = client.get(path, headers={"X-Request-ID": "same"}).headers["content-length"]
         connection.sendall(
-            f"HEAD {path} HTTP/1.1\r\nHost: test\r\nX-Request-ID: same\r\nConnection: close\r\n\r\n".encode()
+            f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\nX-Request-ID: same\r\nConnection: close\r\n\r\n".encode()
         )
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     head, body = answer.split(b"\r\n\r\n")

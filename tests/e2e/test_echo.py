@@ -135,7 +135,9 @@ def test_no_path_leads_elsewhere_by_a_slash(server: Server) -> None:
         paths = client.get("/openapi.json").json()["paths"]
         for path in (*paths, "/docs", "/openapi.json"):
             for verb in ("GET", "POST", "HEAD"):
-                answer = client.request(verb, path.replace("{id}", "tiny") + "/", headers={"host": "elsewhere.example"})
+                answer = client.request(
+                    verb, path.replace("{id}", "tiny") + "/", headers={"host": "elsewhere.localhost"}
+                )
                 assert answer.status_code == 404, (verb, path)
-        root = client.get("/", headers={"host": "elsewhere.example"})
+        root = client.get("/", headers={"host": "elsewhere.localhost"})
         assert root.headers["location"] == "docs"

@@ -9,6 +9,7 @@ import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import httpx
@@ -27,10 +28,11 @@ EXPOSED = {"x-class-id", "x-class-name", "x-confidence", "x-request-id", "server
 
 @dataclass(frozen=True)
 class Guarded:
-    """The server, and a key of it."""
+    """The server, a key of it, and its file of keys."""
 
     server: Server
     key: str
+    file: Path
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +43,9 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     keys = folder / "keys"
     keys.write_text(line)
     options = ["--models", str(folder / "models"), "--api-keys-file", str(keys), "--cors-origins", PAGE]
+    options += ["--allowed-hosts", "maps.test"]
     with running(folder, *options, "--log-format", "json") as server:
-        yield Guarded(server, key)
+        yield Guarded(server, key, keys)
 
 
 def test_a_key_opens_the_door(guarded: Guarded, chelsea: bytes) -> None:
@@ -55,6 +58,52 @@ def test_a_key_opens_the_door(guarded: Guarded, chelsea: bytes) -> None:
             assert response.json()["results"][0]["heatmaps"]
 
 
+def status(guarded: Guarded, key: str) -> int:
+    with guarded.server.client() as client:
+        return client.get("/models", headers={"X-API-Key": key}).status_code
+
+
+def test_keys_come_and_go_with_their_file_while_the_server_runs(guarded: Guarded) -> None:
+    file, ann = guarded.file, guarded.file.read_text()
+    key, bob = make_key("bob", "predict")
+    assert status(guarded, key) == 401
+    new = file.with_name("new")
+    new.write_text(f"{ann}\n{bob}")
+    new.rename(file)
+    wait_until(lambda: status(guarded, key) == 200, 30, guarded.server)
+    file.write_text(f"{ann}\nbob predict {key}")  # the key itself instead of its hash
+    wait_until(lambda: "The keys stay as they were" in guarded.server.log.read_text(), 30, guarded.server)
+    assert (status(guarded, key), status(guarded, guarded.key)) == (200, 200)
+    file.write_text(ann)
+    wait_until(lambda: status(guarded, key) == 401, 30, guarded.server)
+    assert status(guarded, guarded.key) == 200
+    assert key not in guarded.server.log.read_text()
+
+
+def test_a_name_that_is_not_the_servers_reads_nothing(guarded: Guarded) -> None:
+    """As a web page's would be that points its name at this machine."""
+    port = urlsplit(guarded.server.url).port
+    with guarded.server.client() as client:
+        for path in ("/models", "/docs", "/openapi.json", "/models/tiny/heatmap"):
+            for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "LOCALHOST.evil"):
+                answer = client.get(path, headers={"Host": host, "X-API-Key": guarded.key})
+                assert "localhost or maps.test" in check_problem(answer, 421, "host_not_allowed")["detail"]
+        for host in (f"127.0.0.1:{port}", "10.1.2.3", "[::1]:1", f"LocalHost.:{port}", "maps.test", "MAPS.test:443"):
+            assert client.get("/models", headers={"Host": host, "X-API-Key": guarded.key}).status_code == 200
+        for path in ("/livez", "/readyz"):
+            assert client.get(path, headers={"Host": "evil.example"}).status_code == 200
+
+
+@pytest.mark.parametrize(("listed", "address"), [("10.0.0.0/8", "127.0.0.1"), ("127.0.0.0/8", "203.0.113.7")])
+def test_addresses_are_told_by_listed_proxies_alone(tmp_path: Path, listed: str, address: str) -> None:
+    write_tiny(tmp_path / "models" / "tiny")
+    options = ["--models", str(tmp_path / "models"), "--max-rate", "0.1"]
+    with running(tmp_path, *options, ready=False, FORWARDED_ALLOW_IPS=listed) as server, server.client() as client:
+        for _ in range(2):
+            answer = client.post("/models/tiny/infer", headers={"X-Forwarded-For": "203.0.113.7"})
+        assert f"address {address} may send" in check_problem(answer, 429, "rate_limited")["detail"]
+
+
 def test_the_line_to_try_is_one_with_a_key(guarded: Guarded) -> None:
     assert "curl -H 'X-API-Key: <key>' " in guarded.server.log.read_text()
 
@@ -63,7 +112,7 @@ def test_who_has_no_key_is_refused_before_a_byte_of_the_body_came(guarded: Guard
     url = urlsplit(guarded.server.url)
     with socket.create_connection((url.hostname, url.port), timeout=60) as connection:
         connection.sendall(
-            b"POST /models/tiny/heatmap HTTP/1.1\r\nHost: test\r\nContent-Type: image/png\r\n"
+            b"POST /models/tiny/heatmap HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
             b"Content-Length: 1000000\r\n\r\n"
         )
         assert connection.recv(65536).startswith(b"HTTP/1.1 401 ")

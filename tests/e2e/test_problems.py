@@ -453,7 +453,7 @@ def test_the_first_load_is_503(narrow: Narrow) -> None:
 def drip(server: Server, total: int = 50) -> tuple[bytes, float]:
     """The answer to a body that comes a byte at a time, and the seconds it took."""
     address = urlsplit(server.url)
-    head = f"POST {HEATMAP} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {total}\r\n\r\n"
+    head = f"POST {HEATMAP} HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: {total}\r\n\r\n"
     started = time.monotonic()
     with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
         connection.sendall(head.encode())

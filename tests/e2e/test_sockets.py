@@ -123,7 +123,7 @@ def ask(server: Server, *parts: bytes) -> list[Reply]:
 
 def head(*lines: str, verb: str = "POST", url: str = HEATMAP, close: bool = True) -> bytes:
     more = ["Connection: close"] if close else []
-    return "\r\n".join([f"{verb} {url} HTTP/1.1", "Host: x", *more, *lines, "", ""]).encode("latin-1")
+    return "\r\n".join([f"{verb} {url} HTTP/1.1", "Host: localhost", *more, *lines, "", ""]).encode("latin-1")
 
 
 def typed(body: bytes, media_type: str = "image/png") -> bytes:
@@ -154,8 +154,8 @@ HOSTILE: dict[str, tuple[list[bytes], int, str]] = {
     "a folded header": ([head("X-A: b\r\n c: d", verb="GET", url="/livez")], 400, "malformed_request"),
     "two hosts": ([head("Host: y", verb="GET", url="/livez")], 400, "malformed_request"),
     "no host": ([b"GET /livez HTTP/1.1\r\nConnection: close\r\n\r\n"], 400, "malformed_request"),
-    "a line feed alone": ([b"GET /livez HTTP/1.1\nHost: x\nConnection: close\n\n"], 400, "malformed_request"),
-    "HTTP of another version": ([b"GET /livez HTTP/3.0\r\nHost: x\r\n\r\n"], 400, "malformed_request"),
+    "a line feed alone": ([b"GET /livez HTTP/1.1\nHost: localhost\nConnection: close\n\n"], 400, "malformed_request"),
+    "HTTP of another version": ([b"GET /livez HTTP/3.0\r\nHost: localhost\r\n\r\n"], 400, "malformed_request"),
     "a tunnel": ([head(verb="CONNECT", url="x:80")], 400, "malformed_request"),
     "an endless header": ([b"GET / HTTP/1.1\r\nX-A: ", *[bytes([97]) * 4096] * 100], 431, "headers_too_large"),
     "an endless line": ([b"GET /", *[bytes([97]) * 4096] * 100], 431, "headers_too_large"),

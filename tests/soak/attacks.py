@@ -54,7 +54,7 @@ class Target:
         """A POST with the key; `last` asks the server to close behind it."""
         head = [
             f"POST {path} HTTP/1.1",
-            "Host: attack",
+            "Host: localhost",
             f"Content-Type: {media_type}",
             f"Content-Length: {len(body)}",
             *([f"X-API-Key: {self.key}"] if self.key else []),
@@ -123,7 +123,7 @@ async def exchange(target: Target, parts: Iterable[bytes], apart_s: float = 0.0)
 
 async def trailers(target: Target) -> None:
     """46 MB of trailers behind a chunked body, without a key."""
-    head = f"POST {heatmap(TINY)} HTTP/1.1\r\nHost: attack\r\nContent-Type: image/png\r\nConnection: close\r\n"
+    head = f"POST {heatmap(TINY)} HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nConnection: close\r\n"
     line = b"X-Trailer: " + b"a" * 1000 + b"\r\n"
     block = line * 64
 
@@ -135,7 +135,7 @@ async def trailers(target: Target) -> None:
     check(await exchange(target, parts()), REFUSED)
 
 
-LIVE = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
+LIVE = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LAST = LIVE[:-2] + b"Connection: close\r\n\r\n"
 READ_AHEAD = PIPELINE_BYTES // len(LIVE)
 
@@ -158,7 +158,7 @@ async def pipelines_behind_a_slow_post(target: Target) -> None:
 
 async def upgrade(target: Target) -> None:
     """A body that looks like a request, behind a head that asks for another protocol."""
-    inner = b"GET /smuggled HTTP/1.1\r\nHost: attack\r\n\r\n"
+    inner = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
     lines = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk")
     whole = target.request(inner, "image/png", *lines, last=False)
     received = await exchange(target, [whole.removesuffix(inner), inner, LAST], apart_s=0.1)

@@ -42,7 +42,7 @@ class Case:
 
     def wire(self) -> bytes:
         """The request as bytes for a socket."""
-        lines = [f"{self.verb} {self.path} HTTP/1.1", "Host: soak", f"Content-Length: {len(self.body)}"]
+        lines = [f"{self.verb} {self.path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(self.body)}"]
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
         return "\r\n".join([*lines, "", ""]).encode() + self.body
 
