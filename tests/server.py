@@ -16,6 +16,8 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.told import check_told
+
 START_S = 120.0
 STOP_S = 30.0
 
@@ -32,7 +34,8 @@ class Server:
         self.url = url
 
     def client(self, timeout: float = 120.0) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=timeout)
+        """A client that looks up in the OpenAPI document whatever is answered."""
+        return httpx.Client(base_url=self.url, timeout=timeout, event_hooks={"response": [check_told]})
 
     def wait_ready(self, timeout_s: float = START_S) -> None:
         with self.client() as client:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path
 
-from service.api import openapi
+from service.api import openapi, raised
 from service.api.responses import Model
 from service.dispatch.dispatcher import Dispatcher
 from service.errors import ModelFailed, ModelNotFound
@@ -22,7 +22,7 @@ def create_router(dispatcher: Dispatcher) -> APIRouter:
         "/models/{id}/load",
         summary="Load a model",
         operation_id="loadModel",
-        responses=openapi.problems(ModelNotFound, ModelFailed),
+        responses=openapi.problems(ModelNotFound, ModelFailed, *raised.DOOR),
     )
     async def load_model(model_id: ModelId) -> Model:
         """Read the model's folder again, or a new one. What serves it goes on until every worker has the new one."""
@@ -32,7 +32,7 @@ def create_router(dispatcher: Dispatcher) -> APIRouter:
         "/models/{id}/unload",
         summary="Unload a model",
         operation_id="unloadModel",
-        responses=openapi.problems(ModelNotFound),
+        responses=openapi.problems(ModelNotFound, *raised.DOOR),
     )
     async def unload_model(model_id: ModelId) -> Model:
         """Refuse new requests for the model, answer the accepted ones, and free its memory."""

@@ -50,6 +50,7 @@ def json_answer(answer: Answer, result_format: Literal["results", "dl_result"], 
         "model_id": answer.model_id,
         "revision": answer.revision,
         "request_id": request_id,
+        "result_format": result_format,
         "results": [entry(result, embed) for result in answer.results],
     }
     return ChunkedResponse(splice(_dumps(document), token, data), "application/json")

@@ -6,25 +6,26 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 
-from service.api import openapi
+from service.api import openapi, raised
 from service.api.fields import check_names
 from service.api.responses import ClassLabel, ClassList, Layer, LayerList, Method, MethodList, Model, ModelList
 from service.dispatch.dispatcher import Dispatcher
-from service.errors import InvalidRequest, ModelFailed, ModelLoading, ModelNotFound, ModelTypeNotSupported, NoWorker
+from service.errors import ModelNotFound, NoWorker
 
 ModelId = Annotated[str, Path(alias="id", description="A model's id, from `GET /models`.")]
-NamePart = Annotated[str, Query(description="A part of the name, whatever its case; or the digits of an id.")]
+NamePart = Annotated[
+    str, Query(default_factory=str, description="A part of the name, whatever its case; or the digits of an id.")
+]
 
 
 def create_router(dispatcher: Dispatcher) -> APIRouter:
     """The GET endpoints under `/models` and `/methods`."""
     router = APIRouter(tags=["catalogue"], dependencies=[Depends(_check_query)])
-    list_problems = openapi.problems(InvalidRequest)
-    model_problems = openapi.problems(ModelNotFound, InvalidRequest)
-    detail_problems = openapi.problems(ModelNotFound, InvalidRequest, ModelTypeNotSupported, ModelLoading, ModelFailed)
-    method_problems = openapi.problems(InvalidRequest, NoWorker)
+    model_problems = openapi.problems(ModelNotFound, *raised.DOOR)
+    detail_problems = openapi.problems(*raised.LOADED, *raised.DOOR)
+    method_problems = openapi.problems(NoWorker, *raised.DOOR)
 
-    @router.get("/models", summary="List the models", operation_id="listModels", responses=list_problems)
+    @router.get("/models", summary="List the models", operation_id="listModels")
     async def list_models() -> ModelList:
         """Every model of the repository, also those that load or failed."""
         return ModelList(models=[Model.model_validate(info) for info in dispatcher.models().values()])
@@ -45,7 +46,7 @@ def create_router(dispatcher: Dispatcher) -> APIRouter:
     @router.get(
         "/models/{id}/classes", summary="List a model's classes", operation_id="listClasses", responses=detail_problems
     )
-    async def list_classes(model_id: ModelId, query: NamePart = "") -> ClassList:
+    async def list_classes(model_id: ModelId, query: NamePart) -> ClassList:
         """The classes that the model knows, or those that match the query."""
         info = dispatcher.loaded(model_id)
         part = query.casefold()

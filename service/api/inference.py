@@ -8,7 +8,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
 
-from service.api import openapi
+from service.api import openapi, raised
 from service.api.answers import json_answer, single_answer
 from service.api.body import Arrivals
 from service.api.disconnect import unless_gone
@@ -20,72 +20,11 @@ from service.api.responses import HeatmapAnswer, InferAnswer
 from service.api.schemas import HeatmapFields, InferFields
 from service.api.unread import Unread
 from service.dispatch.dispatcher import Dispatcher, deadline_exceeded
-from service.errors import (
-    AnswersUnread,
-    BodyTimeout,
-    BodyTooLarge,
-    DeadlineExceeded,
-    DeadlineTooShort,
-    Draining,
-    InvalidGenParams,
-    InvalidRequest,
-    MalformedBody,
-    ModelFailed,
-    ModelLoading,
-    ModelNotFound,
-    ModelTypeNotSupported,
-    ModelUnloaded,
-    NotAcceptable,
-    NoWorker,
-    OutOfDeviceMemory,
-    PictureQuarantined,
-    PictureTooSlow,
-    QueueFull,
-    RateLimited,
-    ServiceError,
-    TooManyPictures,
-    TooManyPixels,
-    UndecodablePicture,
-    UnknownClass,
-    UnknownLayer,
-    UnknownMethod,
-    UnsupportedMediaType,
-    WorkerLost,
-)
+from service.errors import DeadlineExceeded, DeadlineTooShort
 from service.settings import Settings
 from service.workers.messages import Answer, ExplainRequest
 
 ModelId = Annotated[str, Path(alias="id", description="A model's id, from `GET /models`.")]
-
-INFER_PROBLEMS: tuple[type[ServiceError], ...] = (
-    MalformedBody,
-    ModelNotFound,
-    NotAcceptable,
-    BodyTimeout,
-    BodyTooLarge,
-    TooManyPictures,
-    PictureTooSlow,
-    TooManyPixels,
-    UnsupportedMediaType,
-    InvalidRequest,
-    UndecodablePicture,
-    PictureQuarantined,
-    ModelTypeNotSupported,
-    QueueFull,
-    RateLimited,
-    ServiceError,
-    AnswersUnread,
-    ModelLoading,
-    ModelFailed,
-    ModelUnloaded,
-    NoWorker,
-    WorkerLost,
-    Draining,
-    DeadlineExceeded,
-    DeadlineTooShort,
-    OutOfDeviceMemory,
-)
-HEATMAP_PROBLEMS = (*INFER_PROBLEMS, UnknownMethod, UnknownLayer, UnknownClass, InvalidGenParams)
 
 
 def create_router(dispatcher: Dispatcher, settings: Settings, metrics: Metrics, unread: Unread) -> APIRouter:
@@ -116,7 +55,7 @@ def create_router(dispatcher: Dispatcher, settings: Settings, metrics: Metrics, 
         summary="Explain pictures by heatmaps",
         operation_id="createHeatmaps",
         response_model=HeatmapAnswer,
-        responses={200: openapi.single_heatmap(), **openapi.problems(*HEATMAP_PROBLEMS)},
+        responses={200: openapi.single_heatmap(), **openapi.problems(*raised.HEATMAP, *raised.DOOR)},
         openapi_extra=openapi.request_body(HeatmapFields),
     )
     async def create_heatmaps(model_id: ModelId, request: Request) -> Response:
@@ -136,7 +75,7 @@ def create_router(dispatcher: Dispatcher, settings: Settings, metrics: Metrics, 
         summary="Classify pictures",
         operation_id="inferClasses",
         response_model=InferAnswer,
-        responses=openapi.problems(*INFER_PROBLEMS),
+        responses=openapi.problems(*raised.INFER, *raised.DOOR),
         openapi_extra=openapi.request_body(InferFields),
     )
     async def infer_classes(model_id: ModelId, request: Request) -> Response:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import Request, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
 
-from service.api import openapi
+from service.api import openapi, raised
 from service.errors import KeyLacksRight, KeyMissing, KeyWrong
 from service.keys import KeyFile, find_key
 
@@ -16,7 +16,7 @@ NO_KEYS = (
     "This route always needs a key with the right 'admin', and the server was started without keys. Make one with "
     "'heatmap-service key NAME --rights admin', put its line into a file, and start with --api-keys-file FILE."
 )
-PROBLEMS = openapi.problems(KeyMissing, KeyWrong, KeyLacksRight)
+PROBLEMS = openapi.problems(*raised.DOOR)
 
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(scheme_name="bearer", auto_error=False))]
 Header = Annotated[str | None, Security(APIKeyHeader(name="X-API-Key", scheme_name="X-API-Key", auto_error=False))]

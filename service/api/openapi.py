@@ -1,4 +1,8 @@
-"""What OpenAPI tells of the endpoints that read their bodies by hand, and of problems."""
+"""What OpenAPI tells of the endpoints that read their bodies by hand, and of problems.
+
+Written for generators of clients: what has a name is a component, a form is one object, and a default is told in words,
+for generated clients send a default that a schema states, and what is left out depends on the rest.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +13,23 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
-from service.api.middleware import PROBES
 from service.api.negotiation import SINGLE
 from service.api.problems import MEDIA_TYPE
+from service.api.raised import FRAME
 from service.api.responses import Problem
-from service.api.schemas import HeatmapFields, InferFields
-from service.errors import HeadersTooLarge, HostNotAllowed, ServiceError
+from service.api.schemas import AS_TEXT, HeatmapFields, InferFields
+from service.errors import ServiceError
 
 Schema = dict[str, Any]
 
 REF = "#/components/schemas/{model}"
-REQUESTS: dict[type[InferFields], str] = {HeatmapFields: "HeatmapRequest", InferFields: "InferRequest"}
+NAMES: dict[type[InferFields], str] = {HeatmapFields: "Heatmap", InferFields: "Infer"}
 BINARY = {"type": "string", "format": "binary", "contentMediaType": "application/octet-stream"}
-PICTURES = {
-    "type": "array",
-    "items": BINARY,
-    "minItems": 1,
-    "default": [],  # else Swagger's page sends the text "string"
-    "description": "Pictures; JPEG, PNG, WebP, GIF, BMP, TIFF.",
+UPLOADS = [*(f"image/{kind}" for kind in ("jpeg", "png", "webp", "gif", "bmp", "tiff")), "application/octet-stream"]
+"""The last one is what a client sends that does not look into its files."""
+FILES = {
+    "image": {**BINARY, "description": "A picture; JPEG, PNG, WebP, GIF, BMP, TIFF. This or `images` is needed."},
+    "images": {"type": "array", "items": BINARY, "description": "Several pictures."},
 }
 BASE64_PICTURES = {
     "type": "array",
@@ -34,6 +37,9 @@ BASE64_PICTURES = {
     "minItems": 1,
     "description": "Pictures, each in base64 or as a data URI.",
 }
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+UNTOUCHED = {"images": [], "timeout_s": 30}
+"""What Swagger's page writes into fields of a form without a default; else it makes up a text."""
 SINGLE_HEADERS = {
     "X-Class-Id": ("integer", "Of a single heatmap: the class it explains."),
     "X-Class-Name": ("string", "Of a single heatmap: its class's name, percent-encoded UTF-8."),
@@ -51,13 +57,11 @@ def install(app: FastAPI, open_to_all: bool) -> None:
     @functools.cache
     def openapi() -> Schema:
         document = generate()
-        _drop_fastapis_422(document)
         if open_to_all:
             _make_keys_optional(document)
-        _tell_of_every_operation(document, HeadersTooLarge)
-        _tell_of_every_operation(document, HostNotAllowed, but=PROBES)
         schemas = document["components"]["schemas"]
-        schemas |= {name: _with_images(kind, name) for kind, name in REQUESTS.items()}
+        for kind, name in NAMES.items():
+            schemas |= {f"{name}Form": _form(kind, name), f"{name}Request": _request(kind, name), **_choices(kind)}
         schemas |= models_json_schema([(Problem, "serialization")], ref_template=REF)[1]["$defs"]
         return document
 
@@ -65,9 +69,9 @@ def install(app: FastAPI, open_to_all: bool) -> None:
 
 
 def problems(*kinds: type[ServiceError]) -> dict[int | str, Schema]:
-    """The `responses` of a route that may raise these errors."""
+    """The `responses` of a route that may raise these errors, and those that the frame around every route raises."""
     titles: dict[int | str, list[str]] = {}
-    for kind in kinds:
+    for kind in dict.fromkeys((*kinds, *FRAME)):
         titles.setdefault(kind.status, []).append(f"{kind.title} (`{kind.code}`)")
     return {
         status: {"description": "; ".join(found), "content": {MEDIA_TYPE: {"schema": _ref("Problem")}}}
@@ -89,36 +93,18 @@ def single_heatmap() -> Schema:
 
 def request_body(kind: type[InferFields]) -> Schema:
     """The three encodings of a request with these fields, and the fields as query parameters."""
-    properties = kind.model_json_schema()["properties"]
+    name = NAMES[kind]
     return {
-        "parameters": [_query_parameter(name, schema) for name, schema in properties.items()],
+        "parameters": [_query_parameter(*field) for field in _text_fields(kind).items()],
         "requestBody": {
             "required": True,
             "content": {
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "properties": {"image": BINARY, "images": PICTURES, **properties},
-                        "additionalProperties": False,
-                        "anyOf": [{"required": ["image"]}, {"required": ["images"]}],
-                    }
-                },
-                "application/json": {"schema": _ref(REQUESTS[kind])},
-                "image/*": {"schema": BINARY},
-                "application/octet-stream": {"schema": BINARY},
+                "multipart/form-data": {"schema": _ref(f"{name}Form")},
+                "application/json": {"schema": _ref(f"{name}Request")},
+                **{media_type: {"schema": BINARY} for media_type in UPLOADS},
             },
         },
     }
-
-
-def _drop_fastapis_422(document: Schema) -> None:
-    """FastAPI assumes an error of its own for every route with parameters; here texts are never refused by it."""
-    for path in document["paths"].values():
-        for operation in path.values():
-            if "application/json" in operation["responses"].get("422", {}).get("content", {}):
-                del operation["responses"]["422"]
-    for name in ("HTTPValidationError", "ValidationError"):
-        document["components"]["schemas"].pop(name, None)
 
 
 def _make_keys_optional(document: Schema) -> None:
@@ -129,32 +115,78 @@ def _make_keys_optional(document: Schema) -> None:
                 operation["security"].insert(0, {})
 
 
-def _tell_of_every_operation(document: Schema, kind: type[ServiceError], but: tuple[str, ...] = ()) -> None:
-    """Add an error that comes before any route is asked, `but` of some paths."""
-    for path in document["paths"].keys() - but:
-        for operation in document["paths"][path].values():
-            operation["responses"] |= {str(status): response for status, response in problems(kind).items()}
-
-
 def _ref(name: str) -> Schema:
     return {"$ref": REF.format(model=name)}
 
 
-def _with_images(kind: type[InferFields], name: str) -> Schema:
+def _fields(kind: type[InferFields]) -> dict[str, Schema]:
+    """The fields as JSON has them: a choice refers to its component, a default is told in words."""
+    properties = kind.model_json_schema()["properties"]
+    return {name: _in_words(_named(name, schema)) for name, schema in properties.items()}
+
+
+def _text_fields(kind: type[InferFields]) -> dict[str, Schema]:
+    """The fields as forms and queries have them."""
+    return {
+        name: {**AS_TEXT[name], "description": schema["description"]} if name in AS_TEXT else schema
+        for name, schema in _fields(kind).items()
+    }
+
+
+def _choices(kind: type[InferFields]) -> dict[str, Schema]:
+    """The components of the fields that are one of several words."""
+    properties = kind.model_json_schema()["properties"]
+    return {
+        _component(name): {"type": "string", "enum": schema["enum"], "title": _component(name)}
+        for name, schema in properties.items()
+        if "enum" in schema
+    }
+
+
+def _named(name: str, schema: Schema) -> Schema:
+    if "enum" not in schema:
+        return schema
+    return {**_ref(_component(name)), **{key: schema[key] for key in ("description", "default")}}
+
+
+def _component(name: str) -> str:
+    return name.title().replace("_", "")
+
+
+def _in_words(schema: Schema) -> Schema:
+    described = {key: value for key, value in schema.items() if key not in ("default", "title")}
+    if "Default: " in schema["description"]:
+        return described
+    default = schema["default"]
+    text = default if isinstance(default, str) else json.dumps(default)
+    return {**described, "description": f"{schema['description']} Default: `{text}`."}
+
+
+def _form(kind: type[InferFields], name: str) -> Schema:
+    examples = {key: field.default for key, field in kind.model_fields.items()} | UNTOUCHED
+    fields: Schema = {**FILES, **_text_fields(kind)}
+    properties = {
+        key: {**schema, "examples": [examples[key]]} if key in examples else schema for key, schema in fields.items()
+    }
+    return {"type": "object", "title": f"{name}Form", "properties": properties, "additionalProperties": False}
+
+
+def _request(kind: type[InferFields], name: str) -> Schema:
     """The schema of a JSON body: the pictures and the fields."""
-    schema = kind.model_json_schema()
-    properties = {"images": BASE64_PICTURES, **schema["properties"]}
-    return {**schema, "title": name, "properties": properties, "required": ["images"]}
+    return {
+        "type": "object",
+        "title": f"{name}Request",
+        "properties": {"images": BASE64_PICTURES, **_fields(kind)},
+        "required": ["images"],
+        "additionalProperties": False,
+        "examples": [{"images": [PIXEL]}],  # else Swagger's page makes up a value for each field
+    }
 
 
 def _query_parameter(name: str, schema: Schema) -> Schema:
-    """The default is told in words: one of the schema's would be sent by Swagger's page, beside the one in the body."""
     description = schema["description"]
-    default = schema.get("default")
-    if default is not None:
-        description += f" Default: `{default if isinstance(default, str) else json.dumps(default)}`."
-    bare = {key: value for key, value in schema.items() if key not in ("default", "examples", "description")}
-    if schema.get("type") == "object":  # the page sends a made-up object, and with a contentMediaType nothing at all
+    bare = {key: value for key, value in schema.items() if key != "description"}
+    if schema.get("type") == "object":  # Swagger's page sends a made-up object, and with a contentMediaType nothing
         bare = {"type": "string"}
         description += " Written as JSON."
     return {"name": name, "in": "query", "required": False, "description": description, "schema": bare}

@@ -38,26 +38,19 @@ def problem(scope: Scope, error: ServiceError) -> Response:
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, BodyTimeout):
         headers["Connection"] = "close"  # the rest of the body may never come
-    pointed = [{"pointer": place.pointer, "detail": place.detail} for place in error.errors]
-    more = {"errors": pointed} if pointed else {}
-    return _response(scope, error.status, error.code, error.title, error.detail, headers, **more)
-
-
-def _response(
-    scope: Scope, status: int, code: str, title: str, detail: str, headers: dict[str, str], **more: Any
-) -> Response:
-    scope["state"]["code"] = code
-    document = {
-        "type": f"urn:heatmap-service:problem:{code}",
-        "title": title,
-        "status": status,
-        "detail": detail,
+    scope["state"]["code"] = error.code
+    document: dict[str, Any] = {
+        "type": f"urn:heatmap-service:problem:{error.code}",
+        "title": error.title,
+        "status": error.status,
+        "detail": error.detail,
         "instance": shown_path(scope),
-        "code": code,
+        "code": error.code,
         "request_id": scope["state"]["request_id"],
-        **more,
     }
-    return Response(json.dumps(document).encode(), status, headers, MEDIA_TYPE)
+    if error.errors:
+        document["errors"] = [{"pointer": place.pointer, "detail": place.detail} for place in error.errors]
+    return Response(json.dumps(document).encode(), error.status, headers, MEDIA_TYPE)
 
 
 def shown_path(scope: Scope) -> str:
@@ -77,24 +70,19 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """What the router refuses: an unknown path, a wrong verb; anything else keeps its status and phrase."""
+    """What the router refuses: an unknown path or a wrong verb."""
     assert isinstance(error, HTTPException)
     if error.status_code == PathNotFound.status:
         return problem(request.scope, _path_not_found(request))
-    headers = dict(error.headers or {})
-    if error.status_code == MethodNotAllowed.status:
-        if "Allow" in headers:
-            headers["Allow"] = _with_head(headers["Allow"])
-        detail = (
-            f"{request.method[:MAX_ECHO]} is not for {shown_path(request.scope)}; "
-            f"it takes {headers.get('Allow', 'others')}."
-        )
-        response = problem(request.scope, MethodNotAllowed(detail))
-        response.headers.update(headers)
-        return response
-    phrase = HTTPStatus(error.status_code).phrase
-    code = re.sub(r"\W+", "_", phrase.lower())
-    return _response(request.scope, error.status_code, code, phrase, error.detail, headers)
+    if error.status_code != MethodNotAllowed.status:
+        raise error
+    allow = _with_head((error.headers or {})["Allow"])
+    path = shown_path(request.scope)
+    response = problem(
+        request.scope, MethodNotAllowed(f"{request.method[:MAX_ECHO]} is not for {path}; it takes {allow}.")
+    )
+    response.headers["Allow"] = allow
+    return response
 
 
 def _with_head(allow: str) -> str:

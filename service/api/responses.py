@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 
+from service.errors import ServiceError
 from service.imaging.render import Format
 from service.workers.messages import State
 
@@ -59,16 +60,20 @@ class HeatmapPictureEntry(PictureEntry):
     heatmaps: list[HeatmapEntry] = Field(description="Methods outer, targets inner, in the order asked.")
 
 
-class DLResult(BaseModel):
+class DLResult(Wire):
+    """HALCON's DLResult dictionary."""
+
+    classification_class_ids: list[int]
+    classification_class_names: list[str]
+    classification_confidences: list[float | None]
+
+
+class HeatmapDLResult(DLResult):
     """HALCON's DLResult dictionary, with `heatmap_<method>` dictionaries beside the keys named here."""
 
     model_config = ConfigDict(extra="allow")
 
     __pydantic_extra__: dict[str, dict[str, HeatmapEntry]]
-
-    classification_class_ids: list[int]
-    classification_class_names: list[str]
-    classification_confidences: list[float | None]
 
 
 class Envelope(Wire):
@@ -77,12 +82,36 @@ class Envelope(Wire):
     request_id: str
 
 
-class HeatmapAnswer(Envelope):
-    results: list[HeatmapPictureEntry] | list[DLResult]
+class HeatmapResults(Envelope):
+    result_format: Literal["results"]
+    results: list[HeatmapPictureEntry]
 
 
-class InferAnswer(Envelope):
-    results: list[PictureEntry] | list[DLResult]
+class HeatmapDLResults(Envelope):
+    result_format: Literal["dl_result"]
+    results: list[HeatmapDLResult]
+
+
+class InferResults(Envelope):
+    result_format: Literal["results"]
+    results: list[PictureEntry]
+
+
+class InferDLResults(Envelope):
+    result_format: Literal["dl_result"]
+    results: list[DLResult]
+
+
+class HeatmapAnswer(RootModel[HeatmapResults | HeatmapDLResults]):
+    """`result_format` tells the two apart."""
+
+    root: HeatmapResults | HeatmapDLResults = Field(discriminator="result_format")
+
+
+class InferAnswer(RootModel[InferResults | InferDLResults]):
+    """`result_format` tells the two apart."""
+
+    root: InferResults | InferDLResults = Field(discriminator="result_format")
 
 
 class Model(Wire):
@@ -147,18 +176,26 @@ class MethodList(Wire):
 
 
 class Alive(Wire):
-    status: Literal["alive"] = "alive"
+    status: Literal["alive"]
 
 
 class Ready(Wire):
-    status: Literal["ready"] = "ready"
+    status: Literal["ready"]
     failed_models: dict[str, str | None] = Field(description="Models that could not be loaded, and why.")
 
 
 class NotReady(Wire):
-    status: Literal["not_ready"] = "not_ready"
+    status: Literal["not_ready"]
     reasons: list[str]
     failed_models: dict[str, str | None]
+
+
+def _codes(kind: type[ServiceError]) -> dict[str, None]:
+    """The codes of an error and of all that are derived from it."""
+    return {kind.code: None} | {code: None for one in kind.__subclasses__() for code in _codes(one)}
+
+
+CODES = tuple(_codes(ServiceError))
 
 
 class ProblemPlace(Wire):
@@ -174,6 +211,6 @@ class Problem(Wire):
     status: int
     detail: str
     instance: str
-    code: str = Field(description="Stable name of the problem.")
+    code: str = Field(description="Stable name of the problem.", json_schema_extra={"enum": list(CODES)})
     request_id: str
-    errors: list[ProblemPlace] = Field([], description="Where the input is to blame.")
+    errors: list[ProblemPlace] = Field(default_factory=list, description="Where the input is to blame.")

@@ -38,6 +38,15 @@ CLASS_SCHEMA = {
 }
 FLAT_SCHEMA = {"type": "array", "items": CLASS_SCHEMA, "maxItems": MAX_TARGETS}
 METHOD_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_NAME}
+METHODS_SCHEMA = {
+    "type": "array",
+    "items": METHOD_SCHEMA,
+    "minItems": 1,
+    "maxItems": MAX_METHODS,
+    "uniqueItems": True,
+}
+AS_TEXT = {"method": METHODS_SCHEMA, "target_classes": FLAT_SCHEMA}
+"""How forms and queries have the fields that JSON has in several types: a list is the field repeated."""
 
 
 def _class_ref(value: object) -> ClassRef:
@@ -104,14 +113,7 @@ Methods = Annotated[
     Field(min_length=1, max_length=MAX_METHODS),
     BeforeValidator(_as_list),
     AfterValidator(_distinct),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                METHOD_SCHEMA,
-                {"type": "array", "items": METHOD_SCHEMA, "minItems": 1, "maxItems": MAX_METHODS, "uniqueItems": True},
-            ]
-        }
-    ),
+    WithJsonSchema({"anyOf": [METHOD_SCHEMA, METHODS_SCHEMA]}),
 ]
 
 
@@ -121,13 +123,15 @@ class InferFields(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, title="InferFields")
 
     top_k: int = Field(
-        5, ge=0, le=MAX_ID, description="How many classes the answer lists; 0 lists all (the default of `dl_result`)."
+        5,
+        ge=0,
+        le=MAX_ID,
+        description="How many classes the answer lists; 0 lists all. Default: `5`; `dl_result`: `0`.",
     )
-    timeout_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] | None = Field(
-        None,
-        examples=[30],  # else Swagger's page makes up 1
-        description="The deadline of the whole request in seconds; the server's setting unless given.",
-    )
+    timeout_s: Annotated[
+        Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] | None,
+        WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 3600}),
+    ] = Field(None, description="The deadline of the whole request in seconds. Default: the server's setting.")
     priority: Priority = Field(
         "interactive", description="`batch`: it may wait, and is passed by others, though never for long."
     )
@@ -149,7 +153,7 @@ class HeatmapFields(InferFields):
         [],
         description="Empty: the most confident class of each picture; a list of classes: one heatmap per entry for "
         "every picture; a list of such lists: one list per picture. A number is an id, a string a name; in forms and "
-        "queries digits alone are an id.",
+        "queries digits alone are an id, and a list of lists is one JSON array.",
     )
     gen_params: Annotated[dict[str, object], AfterValidator(_finite)] = Field(
         {},
@@ -159,9 +163,13 @@ class HeatmapFields(InferFields):
     format: Format = Field(
         "overlay",
         description="`overlay`: colours over the picture; `heatmap`: colours alone; `gray`: 8-bit; `gray16`: 16-bit "
-        "PNG; `npy`: float32 array (the default of `dl_result`).",
+        "PNG; `npy`: float32 array. Default: `overlay`; `dl_result` and `Accept: application/x-npy`: `npy`.",
     )
-    encoding: Encoding = Field("png", description="The file format of `overlay` and `heatmap`.")
+    encoding: Encoding = Field(
+        "png",
+        description="The file format of `overlay` and `heatmap`. Default: `png`; `Accept: image/webp`: `webp`; "
+        "`Accept: image/jpeg`: `jpeg`.",
+    )
     size: Size = Field("original", description="The picture's own pixels, or the network's input.")
     colormap: Annotated[
         str, AfterValidator(_known_colormap), WithJsonSchema({"type": "string", "enum": list(COLORMAPS)})

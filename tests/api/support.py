@@ -28,6 +28,7 @@ from service.workers.messages import (
     Timings,
 )
 from service.workers.pool import Pool
+from tests.told import check_told
 
 LAYER = LayerInfo("conv", "Conv2d", (8, 7, 7), 224, True, None, True, False, "relu")
 READY = ModelInfo(
@@ -113,7 +114,9 @@ def ask(app: FastAPI, method: str, url: str, **options: Any) -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost") as client:
             return await client.request(method, url, **options)
 
-    return asyncio.run(exchange())
+    response = asyncio.run(exchange())
+    check_told(response)
+    return response
 
 
 class Api:

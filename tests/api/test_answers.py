@@ -47,7 +47,7 @@ def document_of(answer: Answer, result_format: Any = "results") -> Any:
 
 def test_the_envelope_is_the_contracts() -> None:
     document = Api().json(target_classes=[0, 1]).json()
-    assert list(document) == ["model_id", "revision", "request_id", "results"]
+    assert list(document) == ["model_id", "revision", "request_id", "result_format", "results"]
     (result,) = document["results"]
     assert list(result) == ["index", "width", "height", "classes", "heatmaps"]
     assert list(result["classes"][0]) == ["class_id", "class_name", "confidence"]

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import io
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
+import httpx
 import jsonschema
 import pytest
+from PIL import Image
 
 from service.api.schemas import HeatmapFields, InferFields
-from tests.api.support import Api, check_problem
+from service.app import create_app
+from service.errors import ServiceError
+from service.settings import Settings
+from tests.api.support import READY, Api, StandIn, check_problem
+from tests.told import check_told
+
+REF = "#/components/schemas/"
+NO_ROUTES = {"malformed_request", "headers_timeout", "path_not_found", "method_not_allowed", "unavailable"}
+"""Codes of answers to what asks for no operation, and of a class that is only derived from."""
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +53,23 @@ def schemas(node: Any) -> Iterator[Any]:
 
 
 def check(document: Any, name: str, instance: Any) -> None:
-    schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+    schema = {"$ref": f"{REF}{name}", "components": document["components"]}
     jsonschema.Draft202012Validator(schema).validate(instance)
+
+
+def keywords(node: Any) -> Iterator[str]:
+    """Every key of the document but the names of properties."""
+    for key, child in node.items() if isinstance(node, dict) else ():
+        yield key
+        yield from keywords(list(child.values()) if key == "properties" else child)
+    for child in node if isinstance(node, list) else ():
+        yield from keywords(child)
+
+
+def kinds(kind: type[ServiceError]) -> Iterator[type[ServiceError]]:
+    yield kind
+    for one in kind.__subclasses__():
+        yield from kinds(one)
 
 
 def references(node: Any) -> Iterator[str]:
@@ -52,7 +82,7 @@ def references(node: Any) -> Iterator[str]:
 def test_the_document_is_whole(document: Any) -> None:
     assert document["openapi"].startswith("3.1")
     components = document["components"]["schemas"]
-    names = {reference.removeprefix("#/components/schemas/") for reference in references(document)}
+    names = {reference.removeprefix(REF) for reference in references(document)}
     assert names <= set(components)
     assert "HTTPValidationError" not in components
     for schema in (*components.values(), *schemas(document["paths"])):
@@ -72,30 +102,73 @@ def test_operations_suit_a_generated_client(document: Any) -> None:
 def test_errors_are_problems(document: Any) -> None:
     for name, operation in operations(document):
         for status, response in operation["responses"].items():
-            if status >= "400" and "readyz" not in name:
+            if status >= "400" and (name, status) != ("get /readyz", "503"):
                 assert list(response["content"]) == ["application/problem+json"], name
-    statuses = document["paths"]["/models/{id}/heatmap"]["post"]["responses"]
-    assert set(statuses) == {
-        "200",
-        "400",
-        "401",
-        "403",
-        "404",
-        "406",
-        "408",
-        "413",
-        "415",
-        "421",
-        "422",
-        "429",
-        "431",
-        "500",
-        "503",
-        "504",
-        "507",
+                assert response["content"]["application/problem+json"] == {"schema": {"$ref": REF + "Problem"}}, name
+
+
+def told_codes(operation: Any) -> set[str]:
+    found = [re.findall(r"\(`(\w+)`\)", response["description"]) for response in operation["responses"].values()]
+    return {code for codes in found for code in codes}
+
+
+def test_every_error_is_one_of_the_enumeration_and_told_where_it_is_raised(document: Any) -> None:
+    codes = document["components"]["schemas"]["Problem"]["properties"]["code"]["enum"]
+    assert sorted(codes) == sorted({kind.code for kind in kinds(ServiceError)})
+    told = {name: told_codes(operation) for name, operation in operations(document)}
+    assert set(codes) - set().union(*told.values()) == NO_ROUTES
+    for name, found in told.items():
+        assert {"headers_too_large", "invalid_request", "internal_error"} <= found, name
+        assert (
+            {"key_missing", "key_wrong", "key_lacks_right", "too_many_connections", "host_not_allowed"} <= found
+        ) == (name not in ("get /livez", "get /readyz")), name
+    assert told["post /models/{id}/heatmap"] - told["post /models/{id}/infer"] == {
+        "unknown_method",
+        "unknown_layer",
+        "unknown_class",
+        "invalid_gen_params",
+        "method_not_supported",
     }
     assert "421" in document["paths"]["/metrics"]["get"]["responses"]
     assert "421" not in document["paths"]["/livez"]["get"]["responses"]
+
+
+@pytest.mark.parametrize("rows", ["layers", "classes"])
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"state": "unloaded"}, "model_unloaded"),
+        ({"state": "loading"}, "model_loading"),
+        ({"state": "failed"}, "model_failed"),
+        ({"type": "detection"}, "model_type_not_supported"),
+    ],
+)
+def test_rows_of_a_model_that_has_none_tell_why_as_announced(
+    document: Any, rows: str, changes: dict[str, Any], code: str
+) -> None:
+    response = Api(StandIn(dataclasses.replace(READY, **changes))).get(f"/models/resnet/{rows}")
+    assert response.json()["code"] == code
+    assert code in told_codes(document["paths"][f"/models/{{id}}/{rows}"]["get"])
+
+
+def test_an_answer_that_is_not_told_is_noticed(api: Api) -> None:
+    response = api.get("/models/nobody")
+    check_told(response)
+    response.status_code = 409
+    with pytest.raises(AssertionError, match="getModel answers 409"):
+        check_told(response)
+    response = httpx.Response(404, json={"code": "worker_lost"}, request=response.request)
+    response.headers["content-type"] = "application/problem+json"
+    with pytest.raises(AssertionError, match="worker_lost"):
+        check_told(response)
+
+
+def test_what_linters_ask_of_the_document() -> None:
+    document = create_app(Settings()).openapi()
+    assert document["info"]["license"] == {"name": "Apache License 2.0", "identifier": "Apache-2.0"}
+    assert [server["url"] for server in document["servers"]] == ["."]
+    for name, operation in operations(document):
+        assert (operation["security"] == []) == (name in ("get /livez", "get /readyz")), name
 
 
 @pytest.mark.parametrize(("endpoint", "kind"), [("heatmap", HeatmapFields), ("infer", InferFields)])
@@ -104,15 +177,41 @@ def test_every_encoding_tells_every_field(document: Any, endpoint: str, kind: ty
     content = operation["requestBody"]["content"]
     fields = set(kind.model_fields)
     assert {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "query"} == fields
-    assert set(content["multipart/form-data"]["schema"]["properties"]) == fields | {"image", "images"}
-    name = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
-    assert set(document["components"]["schemas"][name]["properties"]) == fields | {"images"}
-    assert {"image/*", "application/octet-stream"} < set(content)
+    assert content["multipart/form-data"] == {"schema": {"$ref": f"{REF}{endpoint.title()}Form"}}
+    assert content["application/json"] == {"schema": {"$ref": f"{REF}{endpoint.title()}Request"}}
+    schemas = document["components"]["schemas"]
+    assert set(schemas[f"{endpoint.title()}Form"]["properties"]) == fields | {"image", "images"}
+    assert set(schemas[f"{endpoint.title()}Request"]["properties"]) == fields | {"images"}
+    assert set(content) - {"multipart/form-data", "application/json"} == {
+        "image/jpeg",
+        "image/png",
+        "image/webp",
+        "image/gif",
+        "image/bmp",
+        "image/tiff",
+        "application/octet-stream",
+    }
+
+
+def test_forms_and_answers_suit_generators(document: Any) -> None:
+    schemas = document["components"]["schemas"]
+    assert "default" not in set(keywords(document))
+    for name in ("HeatmapForm", "InferForm", "HeatmapRequest", "InferRequest"):
+        assert schemas[name]["type"] == "object"
+        assert not {"anyOf", "oneOf", "allOf"} & schemas[name].keys()
+    for name in ("Heatmap", "Infer"):
+        assert schemas[f"{name}Answer"]["discriminator"] == {
+            "propertyName": "result_format",
+            "mapping": {"results": f"{REF}{name}Results", "dl_result": f"{REF}{name}DLResults"},
+        }
+        results, dl_results = (schemas[f"{name}{kind}"]["properties"]["results"] for kind in ("Results", "DLResults"))
+        assert results["items"] != dl_results["items"]
+        assert not {"anyOf", "oneOf"} & (results.keys() | dl_results.keys())
 
 
 def prefilled(schema: Any) -> str:
-    """The text that Swagger's page (5.35) sends for a field of a form that nobody touched."""
-    value = schema.get("examples", [schema.get("default", "")])[0]
+    """The text that Swagger's page (5.34) sends for a field of a form that nobody touched."""
+    (value,) = schema["examples"]  # without it the page makes one up
     return ",".join(value) if isinstance(value, list) else value if isinstance(value, str) else json.dumps(value)
 
 
@@ -124,29 +223,71 @@ def test_the_page_of_documentation_sends_a_form_that_is_served(document: Any, en
         assert not sent, parameter
         assert "content" not in parameter
         assert parameter["schema"].get("type") != "object"
-    fields = operation["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
-    for without in ("image", "images"):
-        texts = [(name, (None, prefilled(schema))) for name, schema in fields.items() if name != without]
-        texts = [(name, (None, "") if name in ("image", "images") else text) for name, text in texts]
+    fields = document["components"]["schemas"][f"{endpoint.title()}Form"]["properties"]
+    texts = {name: "" if name == "image" else prefilled(schema) for name, schema in fields.items()}
+    for file in ("image", "images"):
+        others = [(name, (None, text)) for name, text in texts.items() if name != file]
         api = Api()
-        response = api.post(f"/models/resnet/{endpoint}", files=[*texts, (without, ("cat.png", b"one"))])
+        response = api.post(f"/models/resnet/{endpoint}", files=[*others, (file, ("cat.png", b"one"))])
         assert response.status_code == 200, response.text
         assert (api.work.pictures, api.work.top_k, api.work.target_classes) == ((b"one",), 5, ((),))
         assert api.dispatcher.timeouts[0] > 25
 
 
-def test_defaults_of_the_query_are_told_in_words(document: Any) -> None:
-    parameters = document["paths"]["/models/{id}/heatmap"]["post"]["parameters"]
-    told = {one["name"]: one["description"].partition("Default: ")[2] for one in parameters if one["in"] == "query"}
-    assert told.pop("timeout_s") == ""
-    assert told.pop("gen_params") == "`{}`. Written as JSON."
-    assert (told["top_k"], told["method"], told["alpha"], told["format"]) == (
-        "`5`.",
-        '`["grad_cam"]`.',
-        "`0.5`.",
-        "`overlay`.",
-    )
-    assert all(told.values())
+@pytest.mark.parametrize("endpoint", ["heatmap", "infer"])
+def test_the_page_of_documentation_sends_json_that_is_served(api: Api, document: Any, endpoint: str) -> None:
+    (example,) = document["components"]["schemas"][f"{endpoint.title()}Request"]["examples"]
+    check(document, f"{endpoint.title()}Request", example)
+    assert api.json(f"/models/resnet/{endpoint}", **example).status_code == 200
+    (picture,) = example["images"]
+    assert Image.open(io.BytesIO(base64.b64decode(picture, validate=True))).convert("RGB").size == (1, 1)
+
+
+STATED = re.compile(r"Default: `([^`]+)`(?:; `dl_result`: `([^`]+)`|; `dl_result` and `Accept: [^`]+`: `([^`]+)`)?")
+
+
+@pytest.mark.parametrize("result_format", ["results", "dl_result"])
+def test_a_stated_default_answers_as_if_it_were_left_out(document: Any, result_format: str) -> None:
+    fields = document["components"]["schemas"]["HeatmapForm"]["properties"]
+    bare = Api()
+    bare.raw(f"result_format={result_format}")
+    for name in set(HeatmapFields.model_fields) - {"result_format", "timeout_s"}:
+        stated = STATED.search(fields[name]["description"])
+        assert stated, name
+        always, *others = stated.groups()
+        value = next(filter(None, others), always) if result_format == "dl_result" else always
+        for form in (True, False):
+            api = Api()
+            if form:
+                texts = {"result_format": result_format, name: value}
+                response = api.post(data=texts, files={"image": ("cat", b"picture")})
+            else:
+                response = api.raw(f"result_format={result_format}&{name}={quote(value)}")
+            assert response.status_code == 200, (name, value, response.text)
+            assert api.work == bare.work, (name, value)
+    assert fields["result_format"]["description"].endswith("Default: `results`.")
+    assert fields["timeout_s"]["description"].endswith("Default: the server's setting.")
+
+
+@pytest.mark.parametrize(
+    ("accept", "stated"),
+    [
+        ("image/png", {"format": "overlay", "encoding": "png"}),
+        ("image/webp", {"format": "overlay", "encoding": "webp"}),
+        ("image/jpeg", {"format": "overlay", "encoding": "jpeg"}),
+        ("application/x-npy", {"format": "npy"}),
+    ],
+)
+def test_defaults_that_depend_on_accept(document: Any, accept: str, stated: dict[str, str]) -> None:
+    fields = document["components"]["schemas"]["HeatmapForm"]["properties"]
+    bare = Api()
+    bare.raw(accept=accept)
+    for name, value in stated.items():
+        described = fields[name]["description"]
+        assert f"`Accept: {accept}`: `{value}`" in described or f"Default: `{value}`" in described
+        api = Api()
+        assert api.raw(f"{name}={value}", accept=accept).status_code == 200
+        assert api.work == bare.work
 
 
 def test_single_heatmaps_are_told(document: Any) -> None:
