@@ -64,6 +64,8 @@ def create_app(settings: Settings) -> FastAPI:
         title="Heatmap Service",
         version=__version__,
         summary="Class confidences and heatmaps of image classifiers",
+        license_info={"name": "Apache License 2.0", "identifier": "Apache-2.0"},
+        servers=[{"url": ".", "description": "The server that this document comes from"}],
         lifespan=lifespan,
         docs_url=None,  # the API has a page of its own
         redoc_url=None,

@@ -1,32 +1,36 @@
 """The page of interactive documentation: Swagger's, as FastAPI writes it, fenced in, for users type their keys there.
 
-Swagger's own files come from its CDN, as FastAPI has it: the page is a convenience, and megabytes of JavaScript in our
-package would have to be kept up to date. The page may run these files and its own script and talk to this server, and
-nothing else; no other page can frame it.
+Swagger's own files come from the package `fastapi-swagger`, which follows its releases, and are served from here: the
+page works without the internet. It may run these files and its own script and talk to this server, and nothing else; no
+other page can frame it.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.resources
 import re
+from pathlib import Path
 
 from fastapi import APIRouter
 from fastapi.openapi.docs import get_swagger_ui_html
-from starlette.responses import HTMLResponse, RedirectResponse
+from starlette.responses import FileResponse, HTMLResponse, RedirectResponse
 
-CDN = "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/"
+FOLDER = Path(str(importlib.resources.files("fastapi_swagger.resources")))
+SCRIPT, STYLE = "swagger-ui-bundle.js", "swagger-ui.css"
+FILES = {SCRIPT: "text/javascript", STYLE: "text/css"}
 
 
 def create_router(title: str) -> APIRouter:
-    """`GET /docs`, and `GET /`, which leads there."""
+    """`GET /docs` and Swagger's files below it; `GET /` leads there."""
     router = APIRouter()
     page = bytes(
         get_swagger_ui_html(
             openapi_url="openapi.json",
             title=title,
-            swagger_js_url=f"{CDN}swagger-ui-bundle.js",
-            swagger_css_url=f"{CDN}swagger-ui.css",
+            swagger_js_url=f"docs/{SCRIPT}",
+            swagger_css_url=f"docs/{STYLE}",
             swagger_favicon_url="data:,",
         ).body
     )
@@ -39,6 +43,14 @@ def create_router(title: str) -> APIRouter:
     @router.get("/docs", include_in_schema=False)
     async def get_docs() -> HTMLResponse:
         return HTMLResponse(page, headers=headers)
+
+    def add_file(name: str, media_type: str) -> None:
+        @router.get(f"/docs/{name}", include_in_schema=False)
+        async def get_file() -> FileResponse:
+            return FileResponse(FOLDER / name, media_type=media_type)
+
+    for name, media_type in FILES.items():
+        add_file(name, media_type)
 
     @router.get("/", include_in_schema=False)
     async def get_root() -> RedirectResponse:
@@ -53,8 +65,8 @@ def _policy(page: bytes) -> str:
     return "; ".join(
         [
             "default-src 'none'",
-            f"script-src {own} {CDN}",
-            f"style-src 'unsafe-inline' {CDN}",  # Swagger sets style attributes
+            f"script-src {own} 'self'",
+            "style-src 'unsafe-inline' 'self'",  # Swagger sets style attributes
             "img-src data: blob:",  # its icons, and heatmaps that the server answered
             "connect-src 'self'",
             "base-uri 'none'",
