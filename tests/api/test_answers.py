@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.api.answers import ChunkedResponse, json_answer, single_answer, splice
-from service.api.responses import DLResult, HeatmapAnswer, InferAnswer
+from service.api.responses import HeatmapAnswer, HeatmapDLResult, InferAnswer
 from service.workers.messages import Answer, ClassScore, Heatmap, PictureResult, Timings
 from tests.api.support import DATA, NAMES, Api, heatmap
 
@@ -92,7 +92,7 @@ def test_dl_result_is_halcons_dictionary() -> None:
     assert len(result) == 5
     assert list(result["heatmap_grad_cam"]["heatmap_image_class_0"]) == ENTRY_KEYS
     assert (api.work.format, api.work.top_k) == ("npy", 0)
-    DLResult.model_validate(result)
+    HeatmapDLResult.model_validate(result)
 
 
 def test_dl_result_keeps_the_first_of_two_with_one_key() -> None:
