@@ -21,6 +21,7 @@ TABLE = {
     408: {"body_timeout", "headers_timeout"},
     413: {"body_too_large", "too_many_pictures", "too_many_pixels", "picture_too_slow"},
     415: {"unsupported_media_type"},
+    421: {"host_not_allowed"},
     422: {
         "invalid_request",
         "unknown_method",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -145,6 +147,15 @@ def test_a_file_of_keys_that_is_none_ends_the_server_with_a_message(tmp_path: Pa
     (message,) = ended.stderr.splitlines()
     assert message.startswith("heatmap-service: --api-keys-file: ")
     assert str(tmp_path / "keys") in message
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    """A command that runs in this process configures its logs."""
+    level = logging.getLogger("service").level
+    yield
+    logging.getLogger("service").setLevel(level)
+    logging.captureWarnings(False)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Message
 
 from service.api.negotiation import JSON
-from service.errors import DeadlineExceeded, OutOfDeviceMemory, QueueFull, UnknownLayer, WorkerLost
+from service.errors import DeadlineExceeded, OutOfDeviceMemory, QueueFull, UndecodablePicture, WorkerLost
 from service.keys import make_key
 from service.logs import Json, Text
 from service.workers.messages import Answer, ExplainRequest
@@ -69,7 +69,7 @@ def test_an_answered_request(caplog: pytest.LogCaptureFixture, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("failure", "status", "outcome"),
     [
-        (UnknownLayer("no such"), 422, "refused"),
+        (UndecodablePicture("no such"), 422, "refused"),
         (QueueFull("full"), 429, "refused"),
         (RuntimeError("a defect"), 500, "failed"),
         (WorkerLost("died"), 503, "failed"),

@@ -327,7 +327,7 @@ def test_too_little_memory_for_a_batch_of_several_requests_costs_none_of_them(de
 def test_nothing_of_a_batch_is_kept(
     device: Device, watch: Watch, fails: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.CRITICAL)  # pytest would keep the traceback
+    caplog.set_level(logging.CRITICAL, "service.workers.device")  # pytest would keep the traceback
     kept: list[weakref.ref[Pixels]] = []
 
     def note(pixels: Pixels) -> None:
