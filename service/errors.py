@@ -51,7 +51,7 @@ def _rebuild(
 
 
 class MalformedRequest(ServiceError):
-    status, code, title = 400, "malformed_request", "The request is no HTTP"
+    status, code, title = 400, "malformed_request", "The request is not valid HTTP"
 
 
 class MalformedBody(ServiceError):

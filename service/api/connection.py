@@ -58,11 +58,10 @@ class Flow(FlowControl):
 
 class BoundedConnection(H11Protocol):
     """Refuses a head (request line and headers) that is too long or too slow; bodies are bounded where they are read.
-    Gives up an answer that is read too slowly, for it is held in memory: `unread` sends slices, each has a time.
+    Gives up an answer that is read too slowly: `unread` sends it in slices, and each slice has a time limit.
 
     What was read is parsed a slice at a time, and connections take turns. Nothing is parsed and little is read while
-    a request is answered. What no parser made a request of is answered here, since no
-    application sees it.
+    a request is answered. Bytes that are no request are answered here, since no application sees them.
     """
 
     settings: Settings

@@ -29,7 +29,7 @@ class Parser(h11.Connection):
         self.remaining = 0
         self.budget = 0
         self.in_body = False
-        self.error: ServiceError = MalformedRequest("The bytes on the connection are no HTTP/1.1 request.")
+        self.error: ServiceError = MalformedRequest("The bytes on the connection are not a valid HTTP/1.1 request.")
 
     def receive_data(self, data: bytes) -> None:
         """Take bytes; an empty `data` stands for the end of the connection."""
